@@ -1,0 +1,235 @@
+"""What a federated algorithm is: a few pure functions of explicit state, and a declaration of what crosses the network.
+
+A round is one or more phases. In a phase the server builds a download, every client of the phase answers it, the
+replies are brought together as each uploaded field asks (`Mean`, `Sum` or `Each`), and the server makes its next state
+of them. The engine alone knows about ranks, messages, compression, absent clients and checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mpifed.types import DataSpec, Layout, Payload, State
+
+
+# --- how an uploaded field reaches the server ------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sum:
+    """Added over the replies: the server receives one tensor, however many clients answered."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Averaged over the replies, with the weights that the clients give (`Reply.weight`) or, `uniform`, equal ones."""
+
+    weights: Literal["reply", "uniform"] = "reply"
+
+
+@dataclass(frozen=True)
+class Each:
+    """One tensor per reply, in the order of client ids."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One named tensor of a download or an upload.
+
+    `shape` may hold one `None` for a length that only the sender knows (then the field is `Each`, or a download).
+    `layout` names the tensors inside a flat vector, for codecs that compress matrix by matrix. A download with
+    `to="each"` has one more axis in front, `[clients of the phase, *shape]`, and every client gets its own row;
+    with `to="everybody"` absent clients are sent it as well, and it is counted for each of them.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype = torch.float32
+    reduce: Sum | Mean | Each = Each()
+    layout: Layout | None = None
+    to: Literal["participants", "each", "everybody"] = "participants"
+
+
+# --- what a client answers ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Reply:
+    """A client's answer: its upload and the weight of its upload in every `Mean` (its number of samples, as a rule)."""
+
+    upload: Payload
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Instead of a reply: the client took part, and keeps its new state, but its upload does not arrive."""
+
+    reason: str
+
+
+class Uploads(Protocol):
+    """The replies of one phase as the server sees them; tensors on the server's device."""
+
+    @property
+    def clients(self) -> Sequence[int]:
+        """Ids of the clients whose replies count, ascending."""
+
+    @property
+    def weights(self) -> Tensor:
+        """Their weights, float64 `[clients]`."""
+
+    def mean(self, field: str) -> Tensor:
+        """The mean of a `Mean` field; of an `Each` field too, with the replies' weights, computed alike bit for bit."""
+
+    def sum(self, field: str) -> Tensor:
+        """The sum of a `Sum` field, or of an `Each` field."""
+
+    def each(self, field: str) -> Sequence[Tensor]:
+        """An `Each` field, one tensor a client in the order of `clients`."""
+
+
+# --- what an algorithm is given ----------------------------------------------------------------------------------------
+class Model(Protocol):
+    """A module whose parameters are views of one flat vector (`mpifed.models.flat`)."""
+
+    layout: Layout
+    buffer_layout: Layout
+    parameters: Tensor  # [d] float32
+    gradient: Tensor  # [d] float32
+    buffers: Tensor  # [b] float32, the floating-point running statistics
+
+    def load(self, parameters: Tensor, buffers: Tensor | None = None) -> None: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Env(Protocol):
+    """What is known when a run is set up, on the server and on every client alike."""
+
+    seed: int
+    rounds: int
+    clients: int
+    spec: DataSpec
+    device: torch.device
+    shared_buffers: bool  # running statistics are averaged with the weights (`model.buffers = "average"`)
+
+    def model(self, client: int | None = None) -> Model:
+        """The server's model, or a client's where models differ: one instance per architecture and rank, to be loaded."""
+
+    def initial(self, client: int | None = None) -> tuple[Tensor, Tensor]:
+        """That model's initial parameters `[d]` and buffers `[b]`, a function of the seed."""
+
+    def generator(self, purpose: str, *key: int) -> torch.Generator:
+        """A generator that depends on the seed, the purpose and the key alone."""
+
+
+class ClientContext(Protocol):
+    """One client in one round. It knows no rank, no communicator and no path."""
+
+    id: int
+    round: int  # from 1
+    phase: str
+    env: Env
+    examples: int
+    label_counts: Tensor  # int64 [classes]
+    x: Tensor  # float32 [examples, *input_shape], standardised, on the device
+    y: Tensor  # int64 [examples]
+    model: Model  # to be loaded first
+    local: Any  # mpifed.learning.local.LocalTraining
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator for (seed, purpose, round, client)."""
+
+    def log(self, name: str, value: float) -> None:
+        """A number for the round's record; the mean over the clients is reported under `name`."""
+
+
+# --- the algorithm -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Phase:
+    """One exchange of a round: a download, what each client does with it, and what the server makes of the replies.
+
+    `repeat` runs it that often in a row (a server loop spread over the ranks). `clients="all"` asks every client of
+    the federation, not only those of the round. `down` and `up` may differ from round to round: functions of it.
+    """
+
+    name: str
+    down: Callable[[int], Mapping[str, Field]]
+    up: Callable[[int], Mapping[str, Field]]
+    download: Callable[[State, int], Payload]
+    client: Callable[[State, Payload, ClientContext], tuple[State, Reply | Absent]]
+    server: Callable[[State, Uploads, int], State]
+    clients: Literal["round", "all"] = "round"
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Base of every algorithm: a frozen dataclass whose fields are its hyper-parameters.
+
+    The simplest algorithm overrides `server_init`, `down`, `up`, `download`, `client` and `server`; one of several
+    phases overrides `phases` instead. Inputs are never changed in place: a download is shared by the clients of a rank.
+    """
+
+    evaluates: ClassVar[Literal["server", "clients"]] = "server"
+    """Whose model is tested: the server's, or every client's own (mean over the clients is then the accuracy)."""
+    stateful: ClassVar[bool] = False
+    """Clients keep a state between rounds; they are then trained where that state lives."""
+    pooled: ClassVar[bool] = False
+    """All data in one place: one client holds what the partition gives to all (an upper bound)."""
+
+    def check(self, local: Any) -> None:
+        """Raise `ValueError("key: why")` where these hyper-parameters do not go with the job's local training."""
+
+    def server_init(self, env: Env) -> State:
+        """The server's state before round 1."""
+        return {}
+
+    def client_init(self, env: Env, client: int) -> State:
+        """A client's state before it first takes part."""
+        return {}
+
+    def down(self, env: Env) -> Mapping[str, Field]:
+        """The fields of the download."""
+        return {}
+
+    def up(self, env: Env) -> Mapping[str, Field]:
+        """The fields of the upload, with how each reaches the server."""
+        return {}
+
+    def download(self, server: State, round_: int) -> Payload:
+        """What the server sends."""
+        return {}
+
+    def client(self, state: State, down: Payload, ctx: ClientContext) -> tuple[State, Reply | Absent]:
+        """What one client does with it: its next state and its reply."""
+        raise NotImplementedError
+
+    def server(self, server: State, uploads: Uploads, round_: int) -> State:
+        """What the server makes of the replies: its next state."""
+        return server
+
+    def sent(self, server: State, down: Payload, round_: int) -> State:
+        """After sending: `down` as the clients decoded it, so that a lossy codec keeps everybody in step."""
+        return server
+
+    def phases(self, env: Env) -> tuple[Phase, ...]:
+        """The phases of a round, the same on every rank."""
+        down, up = self.down(env), self.up(env)
+        return (Phase("train", lambda t: down, lambda t: up, self.download, self.client, self.server),)
+
+    def predictor(self, server: State, env: Env) -> tuple[Tensor, Tensor]:
+        """Parameters `[d]` and buffers `[b]` of the model that is evaluated and exported."""
+        raise NotImplementedError
+
+    def client_predictor(self, state: State, env: Env, client: int) -> tuple[Tensor, Tensor]:
+        """The same for a client's own model, where `evaluates` is `"clients"`."""
+        raise NotImplementedError
+
+
+def field_names(phases: tuple[Phase, ...], round_: int) -> Iterator[tuple[str, str]]:
+    """Every (direction, kind) that a round can exchange, `("down", "model")` and so on, in order."""
+    for phase in phases:
+        yield from (("down", name) for name in phase.down(round_))
+        yield from (("up", name) for name in phase.up(round_))
