@@ -32,7 +32,9 @@ class Mean:
 
 @dataclass(frozen=True)
 class Each:
-    """One tensor per reply, in the order of client ids."""
+    """One tensor per reply, in the order of client ids; `weights` are those of its mean, should one be asked for."""
+
+    weights: Literal["reply", "uniform"] = "reply"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+"""Codecs: how one tensor becomes bytes on its way, and a tensor again. A leaf: knows tensors and layouts, nothing else."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mpifed.errors import BadInput
+from mpifed.types import Layout, State
+
+CODECS: dict[str, str] = {
+    "identity": "mpifed.codecs.identity:Identity",
+    "half": "mpifed.codecs.half:Half",
+}
+
+
+class Codec(Protocol):
+    """Encodes and decodes; what it must remember from one round to the next (a residual) is explicit, the client's."""
+
+    plain: bool
+    """The bytes are the tensor's own, so that a sum of encoded tensors can be taken piece by piece."""
+
+    def encode(self, value: Tensor, layout: Layout | None, memory: State, progress: float) -> tuple[Tensor, State]:
+        """`value` (any shape, on the CPU) -> bytes (uint8, one axis) and the next memory; `progress` is round/rounds."""
+
+    def decode(self, data: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> Tensor:
+        """The bytes -> a tensor of that shape and dtype."""
+
+
+def parse(text: str, key: str) -> tuple[str, dict[str, Any]]:
+    """`"svd(energy=0.95, rank=4)"` -> `("svd", {"energy": 0.95, "rank": 4})`; raises BadInput naming `key`."""
+    name, bracket, rest = text.strip().partition("(")
+    if not bracket:
+        return name, {}
+    try:
+        if not rest.endswith(")"):
+            raise tomllib.TOMLDecodeError("no closing bracket", rest, len(rest))
+        return name.strip(), tomllib.loads("parameters = {" + rest[:-1] + "}")["parameters"]
+    except tomllib.TOMLDecodeError:
+        raise BadInput(f'{key}: "{text}" is not of the form name(key=value, ...)') from None

@@ -1,0 +1,184 @@
+"""The collectives that mpifed uses: on buffers, polled, counted, and cut into chunks that every MPI library can send.
+
+A `Communicator` counts the bytes of the buffers that it is handed, by label, and cuts them; what moves them is one of
+its two implementations, MPI (`mpifed.comm.mpi`) or threads of one process (`mpifed.comm.inprocess`), where one thread
+is also the communicator of a run without MPI. Nothing is pickled. The root of every collective is rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Buffer = npt.NDArray[Any]
+Kinds = Mapping[str, int]
+"""How many bytes of a fused buffer belong to each label."""
+
+CONTROL = "control"
+"""The label of what mpifed itself says: sizes, verdicts, stop flags, times."""
+
+
+class Traffic:
+    """MPI bytes of one rank by label: the lengths of the buffers that it handed to collectives, to send or to fill."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, int] = {}
+        self.received: dict[str, int] = {}
+
+    def count(self, sent: Kinds | None = None, received: Kinds | None = None) -> None:
+        for totals, kinds in ((self.sent, sent), (self.received, received)):
+            for label, size in (kinds or {}).items():
+                totals[label] = totals.get(label, 0) + size
+
+    def take(self) -> tuple[dict[str, int], dict[str, int]]:
+        """(sent, received) since the last call."""
+        taken = self.sent, self.received
+        self.sent, self.received = {}, {}
+        return taken
+
+
+class Communicator(ABC):
+    """Ranks `0 .. size-1` that call the same collectives in the same order."""
+
+    chunk_bytes = 1 << 30
+    """Most bytes of one MPI call: element counts stay below 2^31 on every library."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self.traffic = Traffic()
+        self.seconds_waiting = 0.0
+
+    # --- what an implementation provides; each call moves at most `chunk_bytes` --------------------------------------
+    @abstractmethod
+    def _broadcast(self, buffer: Buffer) -> None: ...
+
+    @abstractmethod
+    def _gather(self, send: Buffer, receive: Buffer | None, counts: Sequence[int]) -> None: ...
+
+    @abstractmethod
+    def _scatter(self, send: Buffer | None, receive: Buffer, counts: Sequence[int]) -> None: ...
+
+    @abstractmethod
+    def _reduce(self, send: Buffer, receive: Buffer | None) -> None: ...
+
+    @abstractmethod
+    def _allreduce(self, send: Buffer, receive: Buffer) -> None: ...
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+
+    @abstractmethod
+    def abort(self, code: int) -> None:
+        """End the whole job at once, with this exit code."""
+
+    # --- collectives -----------------------------------------------------------------------------------------------
+    def broadcast(self, buffer: Buffer, kinds: Kinds) -> None:
+        """Rank 0's `buffer` (contiguous, any dtype) arrives in every other rank's, of the same length."""
+        flat = buffer.reshape(-1).view(np.uint8)
+        for start in range(0, flat.size, self.chunk_bytes):
+            self._broadcast(flat[start : start + self.chunk_bytes])
+        if self.rank == 0:
+            self.traffic.count(sent=kinds)
+        else:
+            self.traffic.count(received=kinds)
+
+    def gather(self, send: Buffer, counts: Sequence[int], kinds: Kinds, received: Kinds | None = None) -> Buffer | None:
+        """Every rank's bytes `send` (uint8 `[counts[rank]]`) to rank 0, in rank order; the others get None.
+
+        `kinds` label what this rank sends, `received` what rank 0 receives.
+        """
+        receive = np.empty(sum(counts), np.uint8) if self.rank == 0 else None
+        if sum(counts) <= self.chunk_bytes:
+            self._gather(send, receive, counts)
+        else:  # piece by piece, so that neither a count nor a displacement outgrows an int
+            step = max(1, self.chunk_bytes // self.size)
+            starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+            for low in range(0, max(counts), step):
+                pieces = [min(step, max(0, count - low)) for count in counts]
+                part = np.empty(sum(pieces), np.uint8) if self.rank == 0 else None
+                self._gather(send[low : low + pieces[self.rank]], part, pieces)
+                if receive is not None and part is not None:
+                    at = 0
+                    for start, piece in zip(starts, pieces, strict=True):
+                        receive[start + low : start + low + piece] = part[at : at + piece]
+                        at += piece
+        self.traffic.count(sent=kinds, received=received if self.rank == 0 else None)
+        return receive
+
+    def scatter(self, send: Buffer | None, counts: Sequence[int], kinds: Kinds, sent: Kinds | None = None) -> Buffer:
+        """Rank 0's bytes (uint8 `[sum(counts)]`, in rank order) dealt out: every rank gets its `counts[rank]` bytes."""
+        receive = np.empty(counts[self.rank], np.uint8)
+        if sum(counts) <= self.chunk_bytes:
+            self._scatter(send, receive, counts)
+        else:
+            step = max(1, self.chunk_bytes // self.size)
+            starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+            for low in range(0, max(counts), step):
+                pieces = [min(step, max(0, count - low)) for count in counts]
+                part = None
+                if send is not None:
+                    part = np.concatenate(
+                        [send[start + low : start + low + piece] for start, piece in zip(starts, pieces, strict=True)]
+                    )
+                self._scatter(part, receive[low : low + pieces[self.rank]], pieces)
+        self.traffic.count(received=kinds, sent=sent if self.rank == 0 else None)
+        return receive
+
+    def reduce(self, values: Buffer, kinds: Kinds) -> Buffer | None:
+        """The sum over the ranks of `values` (float32 or float64, contiguous) at rank 0; the others get None."""
+        if values.dtype not in (np.float32, np.float64):
+            raise TypeError(f"only float32 and float64 are added by MPI, not {values.dtype}")
+        receive = np.empty_like(values) if self.rank == 0 else None
+        step = self.chunk_bytes // values.itemsize
+        for start in range(0, values.size, step):
+            self._reduce(values[start : start + step], None if receive is None else receive[start : start + step])
+        self.traffic.count(sent=kinds, received=kinds if self.rank == 0 else None)
+        return receive
+
+    def sum_everywhere(self, values: Buffer, label: str = CONTROL) -> Buffer:
+        """The sum over the ranks of `values` (float64), on every rank."""
+        receive = np.empty_like(values)
+        step = self.chunk_bytes // values.itemsize
+        for start in range(0, values.size, step):
+            self._allreduce(values[start : start + step], receive[start : start + step])
+        self.traffic.count(sent={label: values.nbytes}, received={label: values.nbytes})
+        return receive
+
+    # --- small messages made of these ------------------------------------------------------------------------------
+    def broadcast_bytes(self, data: bytes | None, kind: str = CONTROL) -> bytes:
+        """Rank 0's `data` on every rank."""
+        length = np.array([len(data) if self.rank == 0 and data is not None else 0], np.int64)
+        self.broadcast(length, {kind: length.nbytes})
+        buffer = np.empty(int(length[0]), np.uint8)
+        if self.rank == 0 and data is not None:
+            buffer[:] = np.frombuffer(data, np.uint8)
+        self.broadcast(buffer, {kind: buffer.nbytes})
+        return buffer.tobytes()
+
+    def gather_bytes(self, data: bytes, kind: str = CONTROL) -> list[bytes] | None:
+        """Every rank's `data` in rank order at rank 0; the others get None."""
+        lengths = np.zeros(self.size, np.float64)
+        lengths[self.rank] = len(data)
+        counts = [int(length) for length in self.sum_everywhere(lengths, kind)]
+        buffer = self.gather(np.frombuffer(data, np.uint8), counts, {kind: len(data)}, {kind: sum(counts)})
+        if buffer is None:
+            return None
+        ends = np.cumsum(counts)
+        return [buffer[end - count : end].tobytes() for end, count in zip(ends, counts, strict=True)]
+
+    def agree(self, problem: str | None) -> str | None:
+        """The first rank's problem, known to every rank; None where no rank has one."""
+        said = self.gather_bytes((problem or "").encode())
+        first = next(filter(None, said), b"") if said is not None else None
+        return self.broadcast_bytes(first).decode() or None
+
+    def broadcast_json(self, value: Any, kind: str = CONTROL) -> Any:
+        """Rank 0's JSON value on every rank."""
+        return json.loads(self.broadcast_bytes(json.dumps(value).encode() if self.rank == 0 else None, kind))

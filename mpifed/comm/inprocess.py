@@ -1,0 +1,109 @@
+"""Ranks as threads of one process: for tests of everything above MPI, and, with one rank, for a run without MPI."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from mpifed.comm.communicator import Buffer, Communicator
+
+T = TypeVar("T")
+
+
+class _World:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size)
+        self.slots: list[Buffer | None] = [None] * size
+
+
+class InProcess(Communicator):
+    """One rank of a world of threads; `InProcess.alone()` is a world of one."""
+
+    def __init__(self, world: _World, rank: int) -> None:
+        super().__init__(rank, world.size)
+        self._world = world
+
+    @classmethod
+    def alone(cls) -> InProcess:
+        return cls(_World(1), 0)
+
+    def _exchange(self, mine: Buffer | None, act: Callable[[list[Buffer | None]], None]) -> None:
+        """Show `mine` to everybody, act on what all have shown, and go on when all have acted."""
+        self._world.slots[self.rank] = mine
+        self._world.barrier.wait()
+        act(self._world.slots)
+        self._world.barrier.wait()
+
+    def _broadcast(self, buffer: Buffer) -> None:
+        def act(slots: list[Buffer | None]) -> None:
+            if self.rank != 0:
+                assert slots[0] is not None and slots[0].size == buffer.size, "broadcast of different lengths"
+                np.copyto(buffer, slots[0])
+
+        self._exchange(buffer, act)
+
+    def _gather(self, send: Buffer, receive: Buffer | None, counts: Sequence[int]) -> None:
+        assert send.size == counts[self.rank], "gather of an unannounced length"
+
+        def act(slots: list[Buffer | None]) -> None:
+            if receive is not None:
+                np.concatenate([slot for slot in slots if slot is not None], out=receive)
+
+        self._exchange(send, act)
+
+    def _scatter(self, send: Buffer | None, receive: Buffer, counts: Sequence[int]) -> None:
+        def act(slots: list[Buffer | None]) -> None:
+            start = sum(counts[: self.rank])
+            assert slots[0] is not None
+            np.copyto(receive, slots[0][start : start + counts[self.rank]])
+
+        self._exchange(send, act)
+
+    def _reduce(self, send: Buffer, receive: Buffer | None) -> None:
+        def act(slots: list[Buffer | None]) -> None:
+            if receive is not None:
+                receive[:] = 0
+                for slot in slots:
+                    assert slot is not None
+                    receive[:] += slot
+
+        self._exchange(send, act)
+
+    def _allreduce(self, send: Buffer, receive: Buffer) -> None:
+        self._exchange(send, lambda slots: np.copyto(receive, sum(slots)))  # type: ignore[arg-type]
+
+    def barrier(self) -> None:
+        self._world.barrier.wait()
+
+    def abort(self, code: int) -> None:
+        os._exit(code)
+
+
+def run_ranks(size: int, main: Callable[[Communicator], T]) -> list[T]:
+    """`main(comm)` on `size` ranks that are threads; their results in rank order. A rank's exception ends all."""
+    world = _World(size)
+    results: list[T | None] = [None] * size
+    errors: list[BaseException] = []
+
+    def rank_main(rank: int) -> None:
+        try:
+            results[rank] = main(InProcess(world, rank))
+        except threading.BrokenBarrierError:
+            pass  # another rank failed
+        except BaseException as error:
+            errors.append(error)
+            world.barrier.abort()
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results  # type: ignore[return-value]

@@ -1,0 +1,98 @@
+"""MPI through mpi4py: the only importer of mpi4py.
+
+A rank that waits polls a non-blocking collective and sleeps in between, from 50 us up to 1 ms, so that it leaves its
+core to the ranks that compute, whatever the MPI library and its settings.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mpifed.comm.communicator import Buffer, Communicator
+from mpifed.comm.inprocess import InProcess
+from mpifed.errors import BadInput
+
+SHORTEST_SLEEP = 50e-6  # seconds
+LONGEST_SLEEP = 1e-3
+
+_LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+class Mpi(Communicator):
+    """A duplicate of `MPI.COMM_WORLD`, on which only mpifed talks."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self._comm = MPI.COMM_WORLD.Dup()
+        super().__init__(self._comm.rank, self._comm.size)
+        self.waiting: Callable[[bool], None] = lambda begins: None
+        """Called with True when this rank begins to wait for others and with False when it goes on."""
+
+    def library(self) -> str:
+        """The MPI library's own name and version, one line."""
+        return self._mpi.Get_library_version().strip("\x00 \n").splitlines()[0].strip()
+
+    def _finish(self, request: Any) -> None:
+        if request.Test():
+            return
+        self.waiting(True)
+        started = time.perf_counter()
+        pause = SHORTEST_SLEEP
+        while not request.Test():
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_SLEEP)
+        self.seconds_waiting += time.perf_counter() - started
+        self.waiting(False)
+
+    def _broadcast(self, buffer: Buffer) -> None:
+        self._finish(self._comm.Ibcast([buffer, self._mpi.BYTE], root=0))
+
+    def _gather(self, send: Buffer, receive: Buffer | None, counts: Sequence[int]) -> None:
+        target = None if receive is None else [receive, list(counts), None, self._mpi.BYTE]
+        self._finish(self._comm.Igatherv([send, self._mpi.BYTE], target, root=0))
+
+    def _scatter(self, send: Buffer | None, receive: Buffer, counts: Sequence[int]) -> None:
+        source = None if send is None else [send, list(counts), None, self._mpi.BYTE]
+        self._finish(self._comm.Iscatterv(source, [receive, self._mpi.BYTE], root=0))
+
+    def _reduce(self, send: Buffer, receive: Buffer | None) -> None:
+        self._finish(self._comm.Ireduce(send, receive, op=self._mpi.SUM, root=0))
+
+    def _allreduce(self, send: Buffer, receive: Buffer) -> None:
+        self._finish(self._comm.Iallreduce(send, receive, op=self._mpi.SUM))
+
+    def barrier(self) -> None:
+        self._finish(self._comm.Ibarrier())
+
+    def abort(self, code: int) -> None:
+        self._comm.Abort(code)
+
+
+def world() -> Communicator:
+    """The communicator of this process: MPI, or one rank without MPI where no MPI library is installed.
+
+    Raises BadInput where the launcher started several processes that do not see each other.
+    """
+    announced = {name: int(os.environ[name]) for name in _LAUNCHER_SIZES if os.environ.get(name, "").isdigit()}
+    several = {name: size for name, size in announced.items() if size > 1}
+    try:
+        comm: Communicator = Mpi()
+        library = comm.library() if isinstance(comm, Mpi) else ""
+    except (ImportError, RuntimeError) as error:
+        if several:
+            raise BadInput(f"no MPI library could be loaded ({error}); install one: pip install 'mpifed[mpi]'") from None
+        print("mpifed: no MPI library found, running on one rank (pip install 'mpifed[mpi]')", file=sys.stderr)
+        return InProcess.alone()
+    if comm.size == 1 and several:
+        name, size = next(iter(several.items()))
+        raise BadInput(
+            f"the launcher started {size} processes ({name}) but each sees a world of one rank with {library}; "
+            "use the mpirun of the MPI library that mpi4py has loaded, or srun with its --mpi type"
+        )
+    return comm
