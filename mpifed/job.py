@@ -1,0 +1,516 @@
+"""The job: one TOML file, typed and validated before anything is computed; overrides; canonical form and hash.
+
+`docs/job.md` is the reference of every key. The tables `[algorithm]`, `[model]`, `[data]` and `[data.partition]` hold a
+`name` and the parameters of what it names, which are checked against that component's own signature.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mpifed.component import accepts, bind, explain, resolve, unknown_key
+from mpifed.errors import BadInput
+
+UNHASHED = ("out", "data.root", "device", "round_timeout", "client_state_mb", "checkpoint")
+"""Keys and tables that say where, and how safely, a run is computed: they are left out of `Job.sha256`."""
+
+DEFAULT_JOB = """\
+# The job that runs when none is named: ten clients learn handwritten digits (8x8 pixels, no download), in seconds.
+seed = 0
+rounds = 20
+clients = 10
+
+[algorithm]
+name = "fedavg"
+
+[model]
+name = "mlp"
+
+[data]
+name = "digits"
+
+[data.partition]
+name = "dirichlet"
+alpha = 0.5
+
+[local]
+epochs = 2
+batch_size = 32
+lr = 0.1
+"""
+
+
+# --- tables with keys of their own ------------------------------------------------------------------------------------
+class _Table(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LocalTraining(_Table):
+    """`[local]`: how a client trains on its own data in one round."""
+
+    epochs: int | None = Field(
+        default=None, ge=1, description="Passes over the client's data in a round; 1 unless `steps` is given."
+    )
+    steps: int | None = Field(
+        default=None, ge=1, description="Optimiser steps in a round, instead of `epochs`: the same for every client."
+    )
+    batch_size: int = Field(
+        default=32, ge=1, description="Examples in a batch; the last batch of an epoch may be smaller."
+    )
+    lr: float = Field(default=0.1, gt=0, description="Learning rate of round 1.")
+    optimizer: Literal["sgd", "adam"] = Field(
+        default="sgd", description="Made anew every round, without memory of the last."
+    )
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="Momentum of `sgd`.")
+    nesterov: bool = Field(default=False, description="Nesterov's form of the momentum.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Factor of the L2 penalty, added to the gradient.")
+    lr_schedule: Literal["constant", "exponential", "cosine", "step"] = Field(
+        default="constant",
+        description="How the learning rate falls from round to round; within a round it is constant.",
+    )
+    lr_decay: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Factor of the learning rate: every round (`exponential`), every `lr_step` (`step`).",
+    )
+    lr_step: int = Field(default=1, ge=1, description='Rounds between two steps of `lr_schedule = "step"`.')
+    clip_norm: float = Field(default=0.0, ge=0, description="Largest L2 norm of a gradient; 0 does not clip.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Precision of the forward and backward pass; parameters stay float32."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_epoch(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("epochs") is None and table.get("steps") is None:
+            return {**table, "epochs": 1}
+        return table
+
+    @model_validator(mode="after")
+    def _agree(self) -> LocalTraining:
+        if self.epochs is not None and self.steps is not None:
+            raise BadInput(
+                f"local.steps: {self.steps} steps and local.epochs = {self.epochs} exclude each other; drop one"
+            )
+        if self.optimizer != "sgd" and self.momentum:
+            raise BadInput(
+                f"local.momentum: belongs to the optimizer sgd, but local.optimizer is {self.optimizer}; set it to 0"
+            )
+        if self.nesterov and not self.momentum:
+            raise BadInput("local.nesterov: needs local.momentum above 0")
+        if self.lr_decay != 1 and self.lr_schedule not in ("exponential", "step"):
+            raise BadInput(
+                f'local.lr_decay: has no effect with local.lr_schedule = "{self.lr_schedule}"; use exponential or step'
+            )
+        if self.lr_step != 1 and self.lr_schedule != "step":
+            raise BadInput(f'local.lr_step: has no effect with local.lr_schedule = "{self.lr_schedule}"; choose step')
+        return self
+
+
+class Evaluate(_Table):
+    """`[evaluate]`: when and how the model is tested."""
+
+    every_rounds: int = Field(default=1, ge=0, description="Rounds between two tests; 0 tests at the end only.")
+    batch_size: int = Field(default=1000, ge=1, description="Examples in a batch of the test.")
+
+
+class Checkpoint(_Table):
+    """`[checkpoint]`: how much work a crash can cost."""
+
+    every_rounds: int = Field(
+        default=1, ge=0, description="Rounds between two checkpoints; 0 writes one on a signal and at the end only."
+    )
+    every_seconds: float = Field(
+        default=0.0, ge=0, description="Seconds after which the next round's end writes one as well; 0 is off."
+    )
+    keep: int = Field(default=2, ge=2, description="Checkpoints kept; two, so that a damaged one has a predecessor.")
+
+
+# --- tables that name a component -------------------------------------------------------------------------------------
+class Component(_Table):
+    """A `name` and, in `parameters`, everything its class or function takes, with defaults filled in."""
+
+    model_config = ConfigDict(extra="allow")
+    table: ClassVar[str]
+    registry: ClassVar[tuple[str, str]]
+    given: ClassVar[tuple[str, ...]] = ()
+
+    name: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The bound keyword arguments."""
+        return dict(self.model_extra or {})
+
+    @property
+    def target(self) -> Callable[..., Any]:
+        """The class or function that `name` stands for."""
+        return self._resolve(self.name)
+
+    def make(self, *given: Any) -> Any:
+        """Call the component: with what the program gives, in order, and the job's parameters."""
+        return self.target(*given, **self.parameters)
+
+    @classmethod
+    def _resolve(cls, name: str) -> Callable[..., Any]:
+        module, attribute = cls.registry
+        return resolve(getattr(importlib.import_module(module), attribute), name, f"{cls.table}.name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bind(cls, table: Any) -> Any:
+        if not isinstance(table, dict):
+            return table
+        own = {key: value for key, value in table.items() if key in cls.model_fields}
+        name = own.get("name", cls.model_fields["name"].default)
+        if not isinstance(name, str):
+            return own
+        parameters = {key: value for key, value in table.items() if key not in own}
+        bound = bind(cls._resolve(name), parameters, cls.table, given=cls.given, siblings=tuple(cls.model_fields))
+        return own | bound
+
+
+class AlgorithmTable(Component):
+    """`[algorithm]`: a frozen dataclass on `mpifed.algorithms.base.Algorithm`; its fields are the hyper-parameters."""
+
+    table = "algorithm"
+    registry = ("mpifed.algorithms", "ALGORITHMS")
+
+    name: str = Field(default="fedavg", description="The federated algorithm.")
+
+
+class ModelTable(Component):
+    """`[model]`: a function of the `DataSpec` that returns a module."""
+
+    table = "model"
+    registry = ("mpifed.models", "MODELS")
+    given = ("spec",)
+
+    name: str = Field(description="The model.")
+    buffers: Literal["average", "local"] = Field(
+        default="average",
+        description="Running statistics of batch norm: averaged like the weights, or kept by every client.",
+    )
+
+
+class PartitionTable(Component):
+    """`[data.partition]`: a function of the labels that deals the examples to the clients."""
+
+    table = "data.partition"
+    registry = ("mpifed.data", "PARTITIONS")
+    given = ("labels", "clients", "rng", "test_labels")
+
+    name: str = Field(default="iid", description="How the training examples are dealt to the clients.")
+
+
+class DataTable(Component):
+    """`[data]`: a function that returns the data set."""
+
+    table = "data"
+    registry = ("mpifed.data", "SOURCES")
+    given = ("root",)
+
+    name: str = Field(description="The data set.")
+    root: str = Field(default="", description="Folder of the data set's files; empty: the source's usual place.")
+    partition: PartitionTable = Field(
+        default_factory=PartitionTable,
+        description="How the examples are dealt to the clients.",
+    )
+
+    def make(self, *given: Any) -> Any:
+        """Read the data set."""
+        root = {"root": self.root} if accepts(self.target, "root") else {}
+        return self.target(*given, **root, **self.parameters)
+
+
+# --- fields that need a word of their own -----------------------------------------------------------------------------
+def _participation(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if whole or (isinstance(value, float) and 0 < value <= 1):
+        return value
+    raise ValueError("must be a fraction above 0 and up to 1.0, or a whole number of clients from 1")
+
+
+def _codec(value: Any) -> Any:
+    if isinstance(value, str):
+        _check_codec(value, "codec")
+        return value
+    if not isinstance(value, dict):
+        raise ValueError('must be a codec such as "half", or a table such as {"up.update" = "half"}')
+    flat = dict(_flatten(value))
+    for field, text in flat.items():
+        if not re.fullmatch(r"(up|down)\.[A-Za-z0-9_-]+", field):
+            raise BadInput(f"codec.{field}: a field is named up.<field> or down.<field>, as in codec.up.update")
+        if not isinstance(text, str):
+            raise BadInput(f'codec.{field}: must be a codec such as "half", but the job says {json.dumps(text)}')
+        _check_codec(text, f"codec.{field}")
+    return flat
+
+
+def _check_codec(text: str, key: str) -> None:
+    codecs = importlib.import_module("mpifed.codecs")
+    name, parameters = codecs.parse(text, key)
+    bind(resolve(codecs.CODECS, name, key), parameters, key)
+
+
+# --- the job ----------------------------------------------------------------------------------------------------------
+class Job(_Table):
+    """Everything that decides what a run computes, and where it leaves it."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63, description="All randomness is a function of it.")
+    rounds: int = Field(ge=1, description="Rounds of the run.")
+    out: str = Field(default="", description="Run folder; empty: a new one under `runs/`.")
+    clients: int = Field(ge=1, description="Clients of the federation, however many ranks there are.")
+    participation: Annotated[int | float, BeforeValidator(_participation)] = Field(
+        default=1.0,
+        description="Clients in a round: a fraction above 0 and up to 1.0 (all), or a whole number (1 is ONE client).",
+    )
+    sampling: Literal["uniform", "examples", "bernoulli"] = Field(
+        default="uniform",
+        description="How a round's clients are drawn: without replacement, all alike (`uniform`) or by their number of"
+        " examples (`examples`); or each on its own (`bernoulli`).",
+    )
+    reduce: Literal["ordered", "tree"] = Field(
+        default="ordered",
+        description="`ordered`: added in the order of client ids in float64, the same on any number of ranks; `tree`:"
+        " summed on each rank, then one MPI reduce.",
+    )
+    codec: Annotated[str | dict[str, str], BeforeValidator(_codec)] = Field(
+        default="identity",
+        description='Compression: one codec for every field, or a table such as `{"up.update" = "half"}`.',
+    )
+    min_replies: int = Field(default=1, ge=1, description="With fewer usable replies in a round the run stops.")
+    threads: int = Field(default=1, ge=1, description="Threads of torch on each rank.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` takes a GPU where there is one.")
+    round_timeout: float = Field(
+        default=3600.0, gt=0, description="Seconds after which a round counts as hung and the run ends."
+    )
+    client_state_mb: int = Field(
+        default=1024, ge=0, description="Memory in MB for client states on each rank; what is beyond goes to disk."
+    )
+    algorithm: AlgorithmTable = Field(
+        default_factory=AlgorithmTable, description="The algorithm and its hyper-parameters."
+    )
+    model: ModelTable = Field(description="The model and its parameters.")
+    data: DataTable = Field(description="The data set and its parameters.")
+    local: LocalTraining = Field(default_factory=LocalTraining, description="Training on a client.")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="Testing.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Checkpoints.")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Job:
+        if isinstance(self.participation, int) and self.participation > self.clients:
+            raise BadInput(f"participation: {self.participation} clients in a round, but clients is {self.clients}")
+        algorithm = self._algorithm()
+        most = 1 if algorithm.pooled else self.participants
+        if self.min_replies > most:
+            raise BadInput(f"min_replies: {self.min_replies} replies can never come from {most} client(s) in a round")
+        return self
+
+    def _algorithm(self) -> Any:
+        try:
+            algorithm = self.algorithm.make()
+            if not hasattr(algorithm, "check"):
+                raise BadInput(f"algorithm.name: '{self.algorithm.name}' is not an mpifed.algorithms.base.Algorithm")
+            algorithm.check(self.local)
+        except ValueError as error:
+            key = "algorithm." if re.match(r"(?!local\.)[\w.]+: ", str(error)) else ""
+            raise BadInput(f"{key}{error}") from error
+        return algorithm
+
+    @property
+    def participants(self) -> int:
+        """The largest number of clients in a round: of a fraction, rounded half up but at least 1; where every client
+        is drawn by itself (`bernoulli`), all."""
+        if self.sampling == "bernoulli":
+            return self.clients
+        if isinstance(self.participation, int):
+            return self.participation
+        return max(1, int(self.participation * self.clients + 0.5))
+
+    def codec_of(self, direction: Literal["up", "down"], field: str) -> str:
+        """The codec of one exchanged field, as text for `mpifed.codecs.parse`."""
+        return self.codec if isinstance(self.codec, str) else self.codec.get(f"{direction}.{field}", "identity")
+
+    # --- forms --------------------------------------------------------------------------------------------------------
+    def canonical(self) -> str:
+        """JSON with sorted keys and every default spelled out: equal jobs have equal texts."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_canonical(cls, text: str) -> Job:
+        """The job of `canonical()`, validated again. Raises `BadInput`."""
+        return _validate(text)
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the canonical form without what cannot change results (`UNHASHED`)."""
+        hashed = {key: value for key, value in _flatten(json.loads(self.canonical())) if not _unhashed(key)}
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        """The job as TOML with every default spelled out; `load` of it gives an equal job."""
+        return "\n".join(_toml_table(json.loads(self.model_dump_json()), "")) + "\n"
+
+
+def _unhashed(key: str) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in UNHASHED)
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in nested tables; an empty table is a value."""
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+def load(text: str | None, overrides: Sequence[str] = (), source: str = "the job") -> Job:
+    """The job in a TOML `text` (None: `DEFAULT_JOB`) with `overrides` such as `local.lr=0.05`.
+
+    The value of an override is read as TOML, or else taken as a bare string. An override that changes the `name` in a
+    table drops the parameters of the old name; one that sets `local.steps` drops `local.epochs`, and the reverse.
+    `source` is the file's name for the message of a syntax error. Raises `BadInput`, one line for each fault, naming
+    the dotted keys.
+    """
+    try:
+        document = tomllib.loads(DEFAULT_JOB if text is None else text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{source} is not valid TOML: {error}") from error
+    _override(document, overrides)
+    for key, value in _flatten(document):
+        if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+            raise BadInput(f"{key}: no key holds a date or a time, but the job says {value}")
+    return _validate(json.dumps(document, default=str))
+
+
+def _validate(text: str) -> Job:
+    try:
+        return Job.model_validate_json(text)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            if item["type"] == "extra_forbidden":
+                raise _unknown(".".join(map(str, item["loc"]))) from error
+        raise BadInput(explain(error, lambda place: ".".join(map(str, place)) or "job")) from error
+
+
+def keys(model: type[BaseModel] = Job, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the job that is not a parameter of a component, tables too."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+
+
+def _unknown(key: str) -> BadInput:
+    table, _, name = key.rpartition(".")
+    everything = list(keys())
+    siblings = [known.rpartition(".")[2] for known in everything if known.rpartition(".")[0] == table]
+    error = unknown_key(key, siblings, f"[{table}]" if table else "the job")
+    elsewhere = [known for known in everything if known.rpartition(".")[2] == name]
+    return BadInput(f"`{key}` is not a key of the job; did you mean `{elsewhere[0]}`?") if elsewhere else error
+
+
+def _override(document: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply `key=value` texts in place: names first, so that parameters are never dropped with an old name."""
+    values: dict[tuple[str, ...], Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals:
+            raise BadInput(f"'{text}' is not an override; write key=value, for example rounds=50")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", key):
+            raise BadInput(
+                f"'{text}' is not an override; its key '{key}' must be dotted names, for example local.lr=0.05"
+            )
+        path = tuple(key.split("."))
+        if path[0] == "codec" and len(path) > 1:
+            path = ("codec", ".".join(path[1:]))
+        if path in values:
+            raise BadInput(f"{key}: is given twice among the overrides")
+        values[path] = _value(value.strip())
+    if isinstance(document.get("codec"), dict):
+        document["codec"] = dict(_flatten(document["codec"]))
+    for path in sorted(values, key=lambda path: path[-1] != "name"):
+        _set(document, path, values[path])
+    for chosen, other in (("steps", "epochs"), ("epochs", "steps")):
+        if ("local", chosen) in values and ("local", other) not in values:
+            document["local"].pop(other, None)
+
+
+def _value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _set(document: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    table = document
+    for part in path[:-1]:
+        if not isinstance(table.get(part), dict):
+            table[part] = {}
+        table = table[part]
+    components = {component.table: component for component in (AlgorithmTable, ModelTable, DataTable, PartitionTable)}
+    component = components.get(".".join(path[:-1]))
+    if component and path[-1] == "name" and value != table.get("name", component.model_fields["name"].default):
+        for parameter in [key for key in table if key not in component.model_fields]:
+            del table[parameter]
+    table[path[-1]] = value
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+def check_resume(old: Job, new: Job, done: int = 0) -> None:
+    """Refuse to go on with a run of `old`, of which `done` rounds are computed, as `new`, where results would not fit.
+
+    What is not hashed (`UNHASHED`) may change, and `rounds`, down to `done`; not with a learning rate that depends on
+    it (`cosine`). Raises `BadInput` naming the changed keys.
+    """
+    before, after = (dict(_flatten(json.loads(job.canonical()))) for job in (old, new))
+    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key) and not _unhashed(key)]
+    if new.local.lr_schedule != "cosine":
+        changed = [key for key in changed if key != "rounds"]
+    if changed:
+        listed = ", ".join(f"{key} ({json.dumps(before.get(key))} -> {json.dumps(after.get(key))})" for key in changed)
+        raise BadInput(f"the run cannot be resumed with another {listed}; start a new run folder with out=...")
+    if new.rounds < done:
+        raise BadInput(f"rounds: {done} rounds are done already, but the job says {new.rounds}")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+def _toml_table(table: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Lines of a table: values first, then its sub-tables; what is None has no key, as TOML has no null."""
+    for key, value in table.items():
+        if value is not None and not isinstance(value, dict):
+            yield f"{_toml_key(key)} = {_toml_value(value)}"
+    for key, value in table.items():
+        if isinstance(value, dict):
+            name = f"{path}{_toml_key(key)}"
+            yield from ("", f"[{name}]")
+            yield from _toml_table(value, name + ".")
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml_key(key)} = {_toml_value(item)}' for key, item in value.items())}}}"
+    # JSON's strings, numbers and booleans are TOML's, but for the one control character that JSON leaves bare.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
