@@ -1,0 +1,243 @@
+"""Sizes of the models against published numbers, their shapes, and their dependence on the seed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import torch
+from torch import nn
+
+from mpifed.errors import BadInput
+from mpifed.models import MODELS, build, initialise
+from mpifed.models.classifier import split
+from mpifed.models.convolutional import cnn, feddyn_cnn, fedgen_net
+from mpifed.models.dense import linear, mlp, two_nn
+from mpifed.models.flat import FlatModel
+from mpifed.models.resnet import resnet18
+from mpifed.types import DataSpec
+
+MNIST = DataSpec((1, 28, 28), 10)
+LETTERS = DataSpec((1, 28, 28), 26)
+CIFAR10 = DataSpec((3, 32, 32), 10)
+CIFAR100 = DataSpec((3, 32, 32), 100)
+DIGITS = DataSpec((1, 8, 8), 10)
+CELEBA = DataSpec((3, 84, 84), 2)
+DATA = {"MNIST": MNIST, "CIFAR-10": CIFAR10, "digits": DIGITS}
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def factory_of(name: str) -> Callable[..., nn.Module]:
+    module, _, function = MODELS[name].partition(":")
+    found: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def sizes(factory: Callable[..., nn.Module], spec: DataSpec, **keys: Any) -> tuple[int, int]:
+    model = FlatModel(factory(spec, **keys))
+    return model.layout.size, model.buffer_layout.size
+
+
+@pytest.mark.parametrize(
+    ("factory", "spec", "keys", "expected"),
+    [
+        # 784*10 + 10
+        (linear, MNIST, {}, (7_850, 0)),
+        # 784*200 + 200 + 200*200 + 200 + 200*10 + 10: the number in McMahan et al.
+        (two_nn, MNIST, {}, (199_210, 0)),
+        # the 784-100-100-10 of FedDyn's EMNIST runs: 78,500 + 10,100 + 1,010
+        (two_nn, MNIST, {"hidden": 100}, (89_610, 0)),
+        # 25*32 + 32 + 25*32*64 + 64 + 7*7*64*512 + 512 + 512*10 + 10: the number in McMahan et al.
+        (cnn, MNIST, {}, (1_663_370, 0)),
+        # 75*64 + 64 + 25*64*64 + 64 + 1600*384 + 384 + 384*192 + 192 + 192*10 + 10
+        (feddyn_cnn, CIFAR10, {}, (797_962, 0)),
+        # conv 60 + 880, norm 12 + 32, latent 784*32 + 32, head 330; two running values a channel: 2*(6 + 16)
+        (fedgen_net, MNIST, {}, (26_434, 44)),
+        # a head of 26 classes: 32*26 + 26 = 858 instead of 330
+        (fedgen_net, LETTERS, {}, (26_962, 44)),
+        # conv 448 + 4,640 + 18,496, norm 2*112, latent 64*32 + 32 (84 pixels become 1), head 66; 2*112
+        (fedgen_net, CELEBA, {"channels": [16, 32, 64], "pool": True}, (25_954, 224)),
+        # torchvision's 11,689,512 for 1000 classes, less 990*513; buffers 2*(64*5 + 128*5 + 256*5 + 512*5)
+        (resnet18, CIFAR10, {}, (11_181_642, 9_600)),
+        (resnet18, CIFAR100, {}, (11_227_812, 9_600)),
+        # the stem's 7*7*3*64 weights become 3*3*3*64: 7,680 fewer; group normalisation has as many weights, no buffers
+        (resnet18, CIFAR10, {"stem": "cifar"}, (11_173_962, 9_600)),
+        (resnet18, CIFAR10, {"stem": "cifar", "norm": "group"}, (11_173_962, 0)),
+    ],
+)
+def test_published_sizes(
+    factory: Callable[..., nn.Module], spec: DataSpec, keys: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    assert sizes(factory, spec, **keys) == expected
+
+
+def test_fedgen_head_is_330_parameters() -> None:
+    head = fedgen_net(MNIST).get_submodule("head")
+    assert sum(p.numel() for p in head.parameters()) == 330
+
+
+@pytest.mark.parametrize("spec", [MNIST, CIFAR10, DIGITS, DataSpec((3, 16, 16), 7)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_splits_into_features_and_head(name: str, spec: DataSpec) -> None:
+    if (name, spec) == ("feddyn_cnn", DIGITS):
+        with pytest.raises(BadInput, match=r"model\.name: 'feddyn_cnn' .*\(1, 8, 8\)"):
+            build(factory_of(name), {}, spec, 1)
+        return
+    module = build(factory_of(name), {}, spec, 1).eval()
+    x = torch.randn(2, *spec.input_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = module(x)
+        features, head = split(module)
+        assert torch.equal(head(features(x)), logits)
+    assert logits.shape == (2, spec.classes) and logits.dtype == torch.float32
+    assert features(x).shape == (2, head.in_features)
+    assert [name for name, _ in module.named_parameters()][-2:] == ["head.weight", "head.bias"]
+
+
+def test_fedgen_features_are_not_rectified() -> None:
+    features, _ = split(initialise(lambda: fedgen_net(MNIST), 1))
+    assert features(torch.randn(4, 1, 28, 28)).min() < 0
+
+
+def test_split_refuses_what_has_no_head() -> None:
+    with pytest.raises(BadInput, match="cannot be split"):
+        split(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["cnn", "feddyn_cnn", "fedgen_net", "resnet18"])
+@pytest.mark.parametrize("shape", [(64,), (28, 28), (2, 3, 8, 8)])
+def test_image_models_refuse_other_shapes(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(BadInput, match=rf"model\.name: '{name}' .*{re.escape(str(shape))}"):
+        factory_of(name)(DataSpec(shape, 3))
+
+
+@pytest.mark.parametrize(("factory", "shape"), [(cnn, (1, 3, 3)), (feddyn_cnn, (3, 15, 15))])
+def test_images_too_small_to_pool(factory: Callable[..., nn.Module], shape: tuple[int, ...]) -> None:
+    """3 -> 1 -> 0 pixels in the one; 15 -> 11 -> 5 -> 1 -> 0 in the other."""
+    with pytest.raises(BadInput, match=re.escape(str(shape))):
+        factory(DataSpec(shape, 3))
+
+
+def test_mlp_takes_any_shape_and_depth() -> None:
+    spec = DataSpec((5,), 2)
+    assert sizes(mlp, spec, hidden=[]) == (5 * 2 + 2, 0)
+    assert sizes(mlp, spec, hidden=[3, 4]) == (5 * 3 + 3 + 3 * 4 + 4 + 4 * 2 + 2, 0)
+    assert sizes(mlp, DataSpec((2, 3, 4, 5), 2), hidden=[1]) == (120 + 1 + 2 + 2, 0)
+    x = torch.randn(4, 5)
+    relu, tanh, gelu = (build(mlp, {"activation": name}, spec, 1)(x) for name in ("relu", "tanh", "gelu"))
+    assert not torch.equal(relu, tanh) and not torch.equal(relu, gelu) and not torch.equal(tanh, gelu)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_initial_parameters_are_a_function_of_the_seed(name: str) -> None:
+    factory = factory_of(name)
+
+    def parameters(seed: int) -> torch.Tensor:
+        return FlatModel(build(factory, {}, CIFAR10, seed)).parameters.detach()
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = parameters(2**62)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    assert torch.equal(parameters(2**62), first)
+    assert not torch.equal(parameters(1), first)
+
+
+def test_the_trial_leaves_the_model_as_it_was() -> None:
+    model = build(fedgen_net, {}, MNIST, 1)
+    assert all(part.training for part in model.modules())
+    assert model.get_buffer("body.norm1.running_mean").abs().max() == 0
+    assert model.get_buffer("body.norm1.num_batches_tracked").item() == 0
+
+
+def test_cifar_stem_keeps_the_resolution() -> None:
+    """32x32 is 4x4 after three strides of two; torchvision's stem divides by four more, to 1x1."""
+    for stem, size in (("cifar", 4), ("imagenet", 1)):
+        seen: list[torch.Size] = []
+        module = resnet18(CIFAR10, stem=stem).eval()  # type: ignore[arg-type]
+        module.get_submodule("body.layer4").register_forward_hook(lambda _, __, output: seen.append(output.shape))  # noqa: B023
+        module(torch.zeros(1, 3, 32, 32))
+        assert seen == [(1, 512, size, size)]
+
+
+def test_group_normalisation_has_that_many_groups() -> None:
+    norms = [m for m in resnet18(CIFAR10, norm="group", groups=4).modules() if isinstance(m, nn.GroupNorm)]
+    assert len(norms) == 20 and {norm.num_groups for norm in norms} == {4}
+
+
+def own_function(spec: DataSpec) -> Any:
+    return "a model"
+
+
+def own_wrong(spec: DataSpec) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+
+
+def test_what_a_factory_must_return() -> None:
+    with pytest.raises(BadInput, match="own_function' returned a str"):
+        build(own_function, {}, DIGITS, 1)
+    with pytest.raises(BadInput, match=r"own_wrong' answers .*\(1, 8, 8\).*\(7,\).*\(10,\)"):
+        build(own_wrong, {}, DIGITS, 1)
+    with pytest.raises(BadInput, match=r"own_wrong' cannot take inputs of shape \(1, 28, 28\)"):
+        build(own_wrong, {}, MNIST, 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_are_annotated_and_checked(name: str) -> None:
+    """Every keyword has a type and a default that a job file can hold."""
+    factory = factory_of(name)
+    hints = typing.get_type_hints(factory, include_extras=True)
+    _, *keys = inspect.signature(factory).parameters.values()
+    for key in keys:
+        assert key.kind is key.KEYWORD_ONLY
+        checked = pydantic.TypeAdapter(hints[key.name])
+        assert checked.validate_python(key.default) == key.default
+        with pytest.raises(pydantic.ValidationError):
+            checked.validate_python(-1)
+
+
+# --- docs/models.md -------------------------------------------------------------------------------------------------
+def rows() -> dict[str, dict[str, str]]:
+    """The page's table: name -> column -> cell."""
+    lines = [line.strip("|").split("|") for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    header, _, *body = [[cell.strip().strip("`") for cell in line] for line in lines]
+    return {row[0]: dict(zip(header, row, strict=True)) for row in body}
+
+
+def test_the_page_lists_every_model_and_key() -> None:
+    assert list(rows()) == list(MODELS)
+    for name, row in rows().items():
+        _, *keys = inspect.signature(factory_of(name)).parameters
+        assert re.findall(r"(\w+) =", row["keys"]) == keys
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_pages_sizes(name: str, data: str) -> None:
+    cell = rows()[name][data]
+    if cell == "-":
+        with pytest.raises(BadInput):
+            factory_of(name)(DATA[data])
+    else:
+        assert sizes(factory_of(name), DATA[data])[0] == int(cell.replace(",", ""))
+
+
+def test_the_pages_own_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = re.findall(r"```python\n# my_models\.py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "my_models.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    factory = importlib.import_module("my_models").small
+    module = build(factory, {"width": 8}, DIGITS, 1)
+    features, head = split(module)
+    assert head.weight.shape == (10, 8) and features(torch.zeros(1, 1, 8, 8)).shape == (1, 8)
+    with pytest.raises(pydantic.ValidationError):
+        pydantic.TypeAdapter(typing.get_type_hints(factory, include_extras=True)["width"]).validate_python(0)
