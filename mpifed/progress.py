@@ -25,7 +25,7 @@ def _three_digits(value: float) -> str:
         return f"{value:,.0f}"
     if value >= 10:
         return f"{value:.1f}"
-    return f"{value:.2f}" if value >= 1 or value == 0 else f"{value:.3g}"
+    return f"{value:.2f}" if value >= 1 or value == 0 else f"{value:#.3g}"
 
 
 def percent(fraction: float | None) -> str:
@@ -79,7 +79,7 @@ class Progress:
                 initial=start_round,
                 file=stream,
                 dynamic_ncols=True,
-                bar_format="round {n_fmt}/{total_fmt} |{bar:20}| {desc}",
+                bar_format="round {n_fmt}/{total_fmt} |{bar:10}| {desc}",
             )
 
     def round(self, row: Mapping[str, Any]) -> None:

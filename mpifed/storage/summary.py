@@ -30,13 +30,13 @@ def total(rows: Iterable[Mapping[str, Any]], *path: str) -> int | float:
 def measured(metrics_rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the rounds add up to, of a complete or an incomplete run.
 
-    Returns `rounds`, `accuracy` (fractions; null where no round was evaluated), `bytes`, `seconds` and `absent`
-    as `summarise` has them.
+    Returns `rounds` (the number of the last one), `accuracy` (fractions; null where no round was evaluated), `bytes`,
+    `seconds` and `absent` as `summarise` has them.
     """
     accuracies = [value for row in metrics_rows if (value := number(row, "accuracy")) is not None]
     last = accuracies[-LAST:]
     return {
-        "rounds": len(metrics_rows),
+        "rounds": metrics_rows[-1]["round"] if metrics_rows else 0,
         "accuracy": {
             "final": accuracies[-1] if accuracies else None,
             "best": max(accuracies, default=None),
