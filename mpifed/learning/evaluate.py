@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Evaluated(Model, Protocol):
     @property
     def training(self) -> bool: ...
 
-    def train(self, mode: bool = True) -> Any: ...
+    def train(self, mode: bool = True) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     training = model.training
-    model.train(False)
+    model.eval()
     try:
         with torch.no_grad():
             for samples, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):

@@ -7,7 +7,6 @@ of the gradient (FedProx, SCAFFOLD, FedDyn).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -97,14 +96,13 @@ class FlatModel:
         """Whether the module is in training mode."""
         return self.module.training
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> None:
         """Training mode: batch normalisation uses, and updates its statistics by, the batch; dropout drops."""
         self.module.train(mode)
-        return self
 
-    def eval(self) -> Self:
+    def eval(self) -> None:
         """Evaluation mode."""
-        return self.train(False)
+        self.module.eval()
 
 
 def _flatten(tensors: Mapping[str, Tensor], device: torch.device) -> tuple[Layout, Tensor]:

@@ -72,7 +72,7 @@ def test_stored_samples_are_standardised_batch_by_batch() -> None:
 def test_nothing_of_the_model_changes_and_its_mode_is_restored() -> None:
     """In training mode batch normalisation would move its statistics and use those of the batch."""
     spec = DataSpec((1, 8, 8), 10)
-    model = FlatModel(initialise(lambda: fedgen_net(spec), 1)).train()
+    model = FlatModel(initialise(lambda: fedgen_net(spec), 1))
     x, y = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8)
     before = [t.clone() for t in (model.parameters.detach(), model.gradient, model.buffers)]
     first = evaluate(model, x, y, 4)
@@ -80,7 +80,8 @@ def test_nothing_of_the_model_changes_and_its_mode_is_restored() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(before, (model.parameters, model.gradient, model.buffers), strict=True)
     )
-    assert evaluate(model.eval(), x, y, 4) == first
+    model.eval()
+    assert evaluate(model, x, y, 4) == first
     assert not model.training
 
 

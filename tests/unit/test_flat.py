@@ -52,7 +52,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_trains_bit_for_bit_as_the_module_does(factory: str, optimiser: str) -> None:
     plain = initialise(FACTORIES[factory], 1).train()
-    model = FlatModel(copy.deepcopy(plain)).train()
+    model = FlatModel(copy.deepcopy(plain))
     plain_optimiser = OPTIMISERS[optimiser](list(plain.parameters()))
     flat_optimiser = OPTIMISERS[optimiser]([model.parameters])
     start = model.parameters.detach().clone()
@@ -67,13 +67,14 @@ def test_trains_bit_for_bit_as_the_module_does(factory: str, optimiser: str) -> 
         assert torch.equal(model.buffers, flat([b for b in plain.buffers() if b.is_floating_point()]))
     assert not torch.equal(model.parameters, start)
     x = batches()[0][0]
-    assert torch.equal(model.eval()(x), plain.eval()(x))
+    model.eval()
+    assert torch.equal(model(x), plain.eval()(x))
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_training_never_moves_the_memory(factory: str) -> None:
     module = FACTORIES[factory]()
-    model = FlatModel(module).train()
+    model = FlatModel(module)
     optimiser = torch.optim.SGD([model.parameters], lr=0.1, momentum=0.9)
 
     def addresses() -> list[int]:
@@ -127,7 +128,8 @@ def test_load_copies_and_the_next_forward_uses_it() -> None:
 
 
 def test_load_of_buffers_reaches_batch_normalisation() -> None:
-    model = FlatModel(fedgen_net(SPEC, channels=(2,))).eval()
+    model = FlatModel(fedgen_net(SPEC, channels=(2,)))
+    model.eval()
     x = batches()[0][0]
     before = model(x)
     model.load(model.parameters)
@@ -224,7 +226,7 @@ def test_integer_and_non_persistent_buffers_stay_in_the_module() -> None:
     module.register_buffer("table", torch.ones(3))
     model = FlatModel(module)
     assert model.buffer_layout.names == ("table", "1.running_mean", "1.running_var")
-    model.train()(torch.randn(4, 2))
+    model(torch.randn(4, 2))
     assert module.get_buffer("1.num_batches_tracked").item() == 1
 
 
@@ -250,8 +252,10 @@ def test_mode() -> None:
     dropout = nn.Dropout()
     model = FlatModel(nn.Sequential(nn.Linear(1, 1), dropout))
     assert model.training and dropout.training
-    assert not model.eval().training and not dropout.training
-    assert model.train().training and dropout.training
+    model.eval()
+    assert not model.training and not dropout.training
+    model.train()
+    assert model.training and dropout.training
 
 
 def test_values_survive_being_wrapped_whatever_their_strides() -> None:

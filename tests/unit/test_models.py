@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import pytest
 import torch
 from torch import nn
 
+from mpifed.component import bind, resolve
 from mpifed.errors import BadInput
 from mpifed.models import MODELS, build, initialise
 from mpifed.models.classifier import split
@@ -36,9 +34,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def factory_of(name: str) -> Callable[..., nn.Module]:
-    module, _, function = MODELS[name].partition(":")
-    found: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
-    return found
+    return resolve(MODELS, name, "model.name")
 
 
 def sizes(factory: Callable[..., nn.Module], spec: DataSpec, **keys: Any) -> tuple[int, int]:
@@ -191,18 +187,35 @@ def test_what_a_factory_must_return() -> None:
         build(own_wrong, {}, MNIST, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("linear", {"hidden": 3}),
+        ("mlp", {"hidden": 3}),
+        ("mlp", {"hidden": [0]}),
+        ("mlp", {"activation": "step"}),
+        ("2nn", {"hidden": 0}),
+        ("2nn", {"hidden": 2.5}),
+        ("cnn", {"hidden": -1}),
+        ("feddyn_cnn", {"channels": 0}),
+        ("fedgen_net", {"channels": []}),
+        ("fedgen_net", {"latent": 0}),
+        ("fedgen_net", {"pool": 1}),
+        ("resnet18", {"stem": "mnist"}),
+        ("resnet18", {"norm": "layer"}),
+        ("resnet18", {"groups": 3}),
+    ],
+)
+def test_keys_of_a_job_are_checked(name: str, wrong: dict[str, Any]) -> None:
+    (key,) = wrong
+    with pytest.raises(BadInput, match=rf"model\.{key}"):
+        bind(factory_of(name), wrong, "model", given=("spec",))
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_keys_are_annotated_and_checked(name: str) -> None:
-    """Every keyword has a type and a default that a job file can hold."""
-    factory = factory_of(name)
-    hints = typing.get_type_hints(factory, include_extras=True)
-    _, *keys = inspect.signature(factory).parameters.values()
-    for key in keys:
-        assert key.kind is key.KEYWORD_ONLY
-        checked = pydantic.TypeAdapter(hints[key.name])
-        assert checked.validate_python(key.default) == key.default
-        with pytest.raises(pydantic.ValidationError):
-            checked.validate_python(-1)
+def test_defaults_of_a_job_build_the_default_model(name: str) -> None:
+    keys = bind(factory_of(name), {}, "model", given=("spec",))
+    assert sizes(factory_of(name), CIFAR10, **keys) == sizes(factory_of(name), CIFAR10)
 
 
 # --- docs/models.md -------------------------------------------------------------------------------------------------
@@ -235,9 +248,9 @@ def test_the_pages_own_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (source,) = re.findall(r"```python\n# my_models\.py\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "my_models.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    factory = importlib.import_module("my_models").small
-    module = build(factory, {"width": 8}, DIGITS, 1)
+    factory = resolve(MODELS, "my_models:small", "model.name")
+    module = build(factory, bind(factory, {"width": 8}, "model", given=("spec",)), DIGITS, 1)
     features, head = split(module)
     assert head.weight.shape == (10, 8) and features(torch.zeros(1, 1, 8, 8)).shape == (1, 8)
-    with pytest.raises(pydantic.ValidationError):
-        pydantic.TypeAdapter(typing.get_type_hints(factory, include_extras=True)["width"]).validate_python(0)
+    with pytest.raises(BadInput, match=r"model\.width"):
+        bind(factory, {"width": 0}, "model", given=("spec",))
