@@ -4,7 +4,7 @@ Every function has the same form:
 
     partition(labels, clients, rng, test_labels=None, *, <keys of the job's [data.partition] table>) -> Partition
 
-with `labels` int64 `[train samples]`, `rng` a function of the partition's own seed, and `test_labels` int64
+with `labels` int64 `[train samples]`, `rng` a generator seeded for this purpose, and `test_labels` int64
 `[test samples]` for those protocols that give each client a test set as well; `natural` also takes the samples'
 `owner`. Everything before the `*` comes from the program, everything after it from the user.
 
@@ -83,7 +83,7 @@ def shards(
     *,
     shards_per_client: Annotated[int, Field(ge=1)] = 2,
 ) -> Partition:
-    """McMahan's pathological split: sorted by label, cut into clients * shards_per_client equal shards, dealt at random.
+    """McMahan's pathological split: sort by label, cut into clients * shards_per_client equal shards, deal at random.
 
     MNIST with 100 clients and 2 shards: 200 shards of 300. Samples that do not fill a shard are left out.
     """
@@ -385,13 +385,13 @@ def _share_classes(
             smallest = max(smallest, int(held.min()))
     raise BadInput(
         f"data.partition.alpha = {alpha} gave some client fewer than data.partition.min_size = {min_size} samples in "
-        f"each of data.partition.max_retries = {max_retries} draws ({class_sizes.sum()} samples, {clients} clients; the "
-        f"best draw had {smallest}); raise alpha or max_retries, or lower min_size or the number of clients"
+        f"each of data.partition.max_retries = {max_retries} draws ({class_sizes.sum()} samples, {clients} clients; "
+        f"the best draw had {smallest}); raise alpha or max_retries, or lower min_size or the number of clients"
     )
 
 
 def _log_normal_sizes(samples: int, clients: int, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Sizes that add up to `samples`, each at least 1, in proportion to log-normal draws; at sigma 0 equal up to one."""
+    """Sizes that add up to `samples`, each at least 1, as log-normal draws have it (equal at sigma 0, up to one)."""
     weights = rng.lognormal(0.0, sigma, clients) if sigma > 0 else np.ones(clients)
     exact = weights / weights.sum() * (samples - clients)
     sizes = np.floor(exact).astype(np.int64)
