@@ -96,7 +96,7 @@ def bind(
     or JSON can hold: a whole number serves as a float and an array as a tuple, and nothing else is converted; NaN and
     infinities are refused. Raises `BadInput` naming the dotted key, the value and what is allowed.
     """
-    accepted = _parameters(target, given)
+    accepted = parameters(target, given)
     for name in params:
         if name not in accepted:
             raise unknown_key(f"{key}.{name}", [*accepted, *siblings], _name(target))
@@ -123,7 +123,7 @@ def accepts(target: Callable[..., Any], parameter: str) -> bool:
     return parameter in inspect.signature(target).parameters
 
 
-def _parameters(target: Callable[..., Any], given: Collection[str]) -> dict[str, tuple[Any, Any]]:
+def parameters(target: Callable[..., Any], given: Collection[str]) -> dict[str, tuple[Any, Any]]:
     """Name -> (annotation, default or `...`) of every parameter that can be given by keyword."""
     if dataclasses.is_dataclass(target) and isinstance(target, type):
         # Through the class, because inherited annotations mean what they mean in their own module.

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mpifed.component import accepts, bind, explain, resolve, unknown_key
 from mpifed.errors import BadInput
 
-UNHASHED = ("out", "data.root", "device", "round_timeout", "client_state_mb", "checkpoint")
+UNHASHED = ("out", "data.root", "data.download", "device", "round_timeout", "client_state_mb", "checkpoint")
 """Keys and tables that say where, and how safely, a run is computed: they are left out of `Job.sha256`."""
 
 DEFAULT_JOB = """\
@@ -208,7 +208,7 @@ class PartitionTable(Component):
 
     table = "data.partition"
     registry = ("mpifed.data", "PARTITIONS")
-    given = ("labels", "clients", "rng", "test_labels")
+    given = ("labels", "clients", "rng", "test_labels", "owner")
 
     name: str = Field(default="iid", description="How the training examples are dealt to the clients.")
 
@@ -221,7 +221,7 @@ class DataTable(Component):
     given = ("root",)
 
     name: str = Field(description="The data set.")
-    root: str = Field(default="", description="Folder of the data set's files; empty: the source's usual place.")
+    root: str = Field(default="", description="Folder of the data sets; empty: `$MPIFED_DATA`, or else `data`.")
     partition: PartitionTable = Field(
         default_factory=PartitionTable,
         description="How the examples are dealt to the clients.",
@@ -312,7 +312,7 @@ class Job(_Table):
         if isinstance(self.participation, int) and self.participation > self.clients:
             raise BadInput(f"participation: {self.participation} clients in a round, but clients is {self.clients}")
         algorithm = self._algorithm()
-        most = 1 if algorithm.pooled else self.participants
+        most = 1 if algorithm.pooled else self.most_participants
         if self.min_replies > most:
             raise BadInput(f"min_replies: {self.min_replies} replies can never come from {most} client(s) in a round")
         return self
@@ -324,12 +324,13 @@ class Job(_Table):
                 raise BadInput(f"algorithm.name: '{self.algorithm.name}' is not an mpifed.algorithms.base.Algorithm")
             algorithm.check(self.local)
         except ValueError as error:
-            key = "algorithm." if re.match(r"(?!local\.)[\w.]+: ", str(error)) else ""
-            raise BadInput(f"{key}{error}") from error
+            names_a_key = re.match(r"[\w.]+: ", str(error))
+            prefix = "" if str(error).startswith("local.") else "algorithm." if names_a_key else "algorithm: "
+            raise BadInput(f"{prefix}{error}") from error
         return algorithm
 
     @property
-    def participants(self) -> int:
+    def most_participants(self) -> int:
         """The largest number of clients in a round: of a fraction, rounded half up but at least 1; where every client
         is drawn by itself (`bernoulli`), all."""
         if self.sampling == "bernoulli":
@@ -385,10 +386,12 @@ def load(text: str | None, overrides: Sequence[str] = (), source: str = "the job
     `source` is the file's name for the message of a syntax error. Raises `BadInput`, one line for each fault, naming
     the dotted keys.
     """
+    text = DEFAULT_JOB if text is None else text
     try:
-        document = tomllib.loads(DEFAULT_JOB if text is None else text)
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"{source} is not valid TOML: {error}") from error
+        document = tomllib.loads(text)
+    except ValueError as error:  # TOMLDecodeError, or an integer of thousands of digits
+        where = str(error).replace("at end of document", f"at line {len(text.splitlines())}, the end")
+        raise BadInput(f"{source} is not valid TOML: {where}") from error
     _override(document, overrides)
     for key, value in _flatten(document):
         if isinstance(value, datetime.datetime | datetime.date | datetime.time):
@@ -441,6 +444,12 @@ def _override(document: dict[str, Any], overrides: Sequence[str]) -> None:
         if path in values:
             raise BadInput(f"{key}: is given twice among the overrides")
         values[path] = _value(value.strip())
+    for path in values:
+        for whole in (path[:length] for length in range(1, len(path))):
+            if whole in values:
+                raise BadInput(
+                    f"{'.'.join(path)}: {'.'.join(whole)} is overridden as a whole as well; drop one of them"
+                )
     if isinstance(document.get("codec"), dict):
         document["codec"] = dict(_flatten(document["codec"]))
     for path in sorted(values, key=lambda path: path[-1] != "name"):
@@ -453,7 +462,7 @@ def _override(document: dict[str, Any], overrides: Sequence[str]) -> None:
 def _value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         return text
     return parsed["value"] if len(parsed) == 1 else text
 
