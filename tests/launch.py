@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class Launch:
         self.cwd = cwd
 
     def start(self) -> Launch:
-        self._shared_memory_before = set(_shared_memory())
+        self._shared_memory_before = _shared_memory()
         # Files, not pipes: output can be read while the ranks run, and nobody blocks on a full or inherited pipe.
         self._stdout, self._stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self._started = time.monotonic()
@@ -190,9 +190,16 @@ class Launch:
             self._process.poll()
             time.sleep(0.02)
         self._process.wait()
-        # MPICH leaves its shared memory behind when a rank dies; a few hundred kills would fill /dev/shm.
-        for path in set(_shared_memory()) - self._shared_memory_before - _mapped_shared_memory():
-            path.unlink(missing_ok=True)
+        self._remove_shared_memory()
+
+    def _remove_shared_memory(self) -> None:
+        """MPICH leaves its file in /dev/shm behind when a rank dies; a few hundred kills would fill the memory."""
+        new = _shared_memory() - self._shared_memory_before
+        orphans = new and new - _mapped_shared_memory()
+        if orphans:
+            time.sleep(0.05)  # a job that starts beside this one may have made its file and not mapped it yet
+            for path in orphans - _mapped_shared_memory():
+                path.unlink(missing_ok=True)
 
     def _finished(self) -> Finished:
         seconds = time.monotonic() - self._started
@@ -279,8 +286,17 @@ def _kill(pid: int) -> None:
         pass
 
 
-def _shared_memory() -> list[Path]:
-    return list(Path("/dev/shm").glob("mpich_shm_*"))
+def _shared_memory() -> set[Path]:
+    """This user's shared memory of MPICH."""
+    files = Path("/dev/shm").glob("mpich_shm_*")
+    return {file for file in files if _owner(file) == os.getuid()}
+
+
+def _owner(file: Path) -> int | None:
+    try:
+        return file.stat().st_uid
+    except OSError:
+        return None
 
 
 def _mapped_shared_memory() -> set[Path]:
@@ -300,10 +316,10 @@ def _read(file: Any) -> str:
     return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
 
 
-def _wait_until(condition: Any, seconds: float) -> bool:
+def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
             return True
         time.sleep(0.02)
-    return bool(condition())
+    return condition()
