@@ -355,13 +355,27 @@ class Job(_Table):
 
     @property
     def sha256(self) -> str:
-        """Hexadecimal SHA-256 of the canonical form without what cannot change results (`UNHASHED`)."""
-        hashed = {key: value for key, value in _flatten(json.loads(self.canonical())) if not _unhashed(key)}
-        return hashlib.sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        """Hexadecimal SHA-256 of the canonical form without what cannot change results (`UNHASHED`): for a run."""
+        return _digest(self._hashed())
+
+    @property
+    def resume_sha256(self) -> str:
+        """The same without `rounds` where `check_resume` lets it change: for a checkpoint, which has no last round."""
+        return _digest({key: value for key, value in self._hashed().items() if key not in self._free_to_change()})
+
+    def _hashed(self) -> dict[str, Any]:
+        return {key: value for key, value in _flatten(json.loads(self.canonical())) if not _unhashed(key)}
+
+    def _free_to_change(self) -> set[str]:
+        return set() if self.local.lr_schedule == "cosine" else {"rounds"}
 
     def to_toml(self) -> str:
         """The job as TOML with every default spelled out; `load` of it gives an equal job."""
         return "\n".join(_toml_table(json.loads(self.model_dump_json()), "")) + "\n"
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _unhashed(key: str) -> bool:
@@ -488,10 +502,9 @@ def check_resume(old: Job, new: Job, done: int = 0) -> None:
     What is not hashed (`UNHASHED`) may change, and `rounds`, down to `done`; not with a learning rate that depends on
     it (`cosine`). Raises `BadInput` naming the changed keys.
     """
-    before, after = (dict(_flatten(json.loads(job.canonical()))) for job in (old, new))
-    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key) and not _unhashed(key)]
-    if new.local.lr_schedule != "cosine":
-        changed = [key for key in changed if key != "rounds"]
+    before, after = old._hashed(), new._hashed()
+    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    changed = [key for key in changed if key not in new._free_to_change()]
     if changed:
         listed = ", ".join(f"{key} ({json.dumps(before.get(key))} -> {json.dumps(after.get(key))})" for key in changed)
         raise BadInput(f"the run cannot be resumed with another {listed}; start a new run folder with out=...")

@@ -525,7 +525,10 @@ def test_a_run_can_be_resumed_for_more_rounds_but_not_for_fewer_than_are_done() 
     check_resume(old, load(JOB, ["rounds=15"]), done=15)
     with pytest.raises(BadInput, match=r"^rounds: 16 rounds are done already, but the job says 15"):
         check_resume(old, load(JOB, ["rounds=15"]), done=16)
+    assert old.sha256 != load(JOB, ["rounds=30"]).sha256
+    assert old.resume_sha256 == load(JOB, ["rounds=30"]).resume_sha256 != load(JOB, ["seed=8"]).resume_sha256
     cosine = ["local.lr_schedule=cosine"]
+    assert load(JOB, cosine).resume_sha256 != load(JOB, [*cosine, "rounds=30"]).resume_sha256
     with pytest.raises(BadInput, match=r"rounds \(20 -> 30\)"):
         check_resume(load(JOB, cosine), load(JOB, [*cosine, "rounds=30"]))
 
