@@ -1,0 +1,36 @@
+#!/bin/bash
+# Inside an allocation: start a job, or go on with it after a requeue; ask for a requeue when it was stopped by a signal.
+# cpu.sbatch and gpu.sbatch become this script, so that Slurm's signal to the batch shell arrives here.
+set -u
+
+out=runs/slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+for argument in "$@"; do
+    case $argument in out=*) out=${argument#out=} ;; esac
+done
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$out/job.toml" ]; then
+    set -- --resume "$out" # the folder's job.toml holds the job with its overrides
+else
+    set -- "$@" "out=$out"
+fi
+
+# Which PMI the ranks speak depends on the MPI library; a site that knows better sets SLURM_MPI_TYPE itself.
+case $(mpirun --version 2>&1) in
+    *HYDRA*) export SLURM_MPI_TYPE=${SLURM_MPI_TYPE:-pmi2} ;;
+    *'Open MPI'*) export SLURM_MPI_TYPE=${SLURM_MPI_TYPE:-pmix} ;;
+esac
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch by itself
+
+srun --kill-on-bad-exit=1 python -m mpifed.run "$@" &
+launcher=$!
+trap 'kill -USR1 $launcher' USR1 TERM # both ask the ranks for a checkpoint; srun passes USR1 on to them
+wait $launcher
+code=$?
+while kill -0 $launcher 2>/dev/null; do # a signal ends `wait` before the launcher has ended
+    wait $launcher
+    code=$?
+done
+
+if [ $code -eq 75 ]; then # checkpointed before the end
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
