@@ -68,7 +68,7 @@ class HDF5Source:
             raise self._unreadable(error) from error
         return torch.from_numpy(samples), torch.from_numpy(labels)
 
-    # --- checks, all before the first round -------------------------------------------------------------------------
+    # --- checks, all before the first round ---------------------------------------------------------------------------
     def _check(self, file: h5py.File) -> None:
         shapes, labels = {}, {}
         for split in ("train", "test"):

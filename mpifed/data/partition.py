@@ -68,7 +68,7 @@ class Partition:
             raise BadInput("data.partition: a train sample is dealt more than once; deal each to one client")
 
 
-# --- equal shares ----------------------------------------------------------------------------------------------------
+# --- equal shares -----------------------------------------------------------------------------------------------------
 def iid(labels: np.ndarray, clients: int, rng: np.random.Generator, test_labels: np.ndarray | None = None) -> Partition:
     """A random deal: all samples, sizes equal up to one."""
     _enough(labels, clients)
@@ -100,7 +100,7 @@ def shards(
     return _partition(list(dealt.reshape(clients, shards_per_client * size)))
 
 
-# --- label skew ------------------------------------------------------------------------------------------------------
+# --- label skew -------------------------------------------------------------------------------------------------------
 def labels_per_client(
     labels: np.ndarray,
     clients: int,
@@ -288,7 +288,7 @@ def dirichlet_prior(
     return _deal(labels, classes, counts, rng)
 
 
-# --- quantity skew and natural clients -------------------------------------------------------------------------------
+# --- quantity skew and natural clients --------------------------------------------------------------------------------
 def quantity(
     labels: np.ndarray,
     clients: int,
@@ -332,7 +332,7 @@ def natural(
     return _partition(np.split(np.argsort(client, kind="stable"), ends[:-1]))
 
 
-# --- shared ----------------------------------------------------------------------------------------------------------
+# --- shared -----------------------------------------------------------------------------------------------------------
 def _enough(labels: np.ndarray, clients: int, min_size: int = 1) -> None:
     if clients * min_size > len(labels):
         least = f" of at least {min_size} samples (data.partition.min_size)" if min_size > 1 else ""

@@ -35,7 +35,7 @@ class Source(Protocol):
         """Copies of those samples as stored, uint8 or float32 `[k, *input_shape]`, and their int64 labels `[k]`."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ArraySource:
     """A source over arrays `[n, *input_shape]` (uint8 or float32), in memory or mapped from a file."""
 

@@ -313,7 +313,7 @@ def test_dirichlet_prior_follows_the_prior_while_classes_last() -> None:
 
 def test_dirichlet_prior_shares_a_class_that_runs_out_among_its_askers() -> None:
     """Two clients with one-hot priors, two classes of 10. Half the time they want different classes: each has its own
-    whole. Else they share both: what one gets of the first is hypergeometric with mean 5 and is 10 or 0 with probability
+    whole. Else they share both: what one gets of the first is hypergeometric with mean 5 and 10 or 0 with probability
     2 / C(20, 10) = 1e-5. Of 400 draws, 200 are pure, with deviation sqrt(400 x 0.5 x 0.5) = 10.
     """
     labels = np.repeat([0, 1], 10)
