@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,12 +25,14 @@ def save_model(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
     Raises `BadInput` naming `--out` where the file cannot be written.
     """
     path = Path(path)
-    separate = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    separate = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     try:
         with replacing(path) as draft:
             save_file(separate, draft, metadata=dict(metadata))
-    except OSError as error:
-        raise BadInput(f"--out: cannot write {path} ({error.strerror}); choose another file") from None
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"--out: cannot write {path} ({error}); choose another file") from None
 
 
 def main(argv: Sequence[str]) -> int:

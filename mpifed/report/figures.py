@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import PowerNorm, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, PercentFormatter
 
 from mpifed.progress import megabytes
 from mpifed.report.runs import Run
@@ -51,7 +52,6 @@ STYLE: dict[Any, Any] = {
 WIDE_RANGE = 30
 """Sizes farther apart than this factor are drawn on a logarithmic axis, or as shares."""
 TIMES = {"train": BLUE, "communicate": ORANGE, "evaluate": GREEN, "wait": "#D0D0D0"}
-UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 
 
 def draw(runs: Sequence[Run], out: Path) -> list[tuple[str, Path]]:
@@ -80,43 +80,32 @@ def draw(runs: Sequence[Run], out: Path) -> list[tuple[str, Path]]:
 # --- accuracy ---------------------------------------------------------------------------------------------------------
 def accuracy_figure(runs: Sequence[Run]) -> Figure:
     """Test accuracy against rounds, payload and time, one line a run."""
-    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    figure = Figure(figsize=(11, 3.9), layout=ConstrainedLayoutEngine(w_pad=0.1))
     panels = figure.subplots(1, 3, sharey=True)
     curves = [run.curve() for run in runs]
-    factor, unit = _unit(max(curve["bytes"][-1] for curve in curves))
     styles = [(dash, colour) for dash in DASHES for colour in PALETTE]
-    for axes, column, scale, label in zip(
-        panels,
-        ("round", "bytes", "seconds"),
-        (1, factor, 1),
-        ("round", f"payload up and down ({unit})", "time (s)"),
-        strict=True,
-    ):
+    labels = ("round", "payload up and down", "time (s)")
+    for axes, column, label in zip(panels, ("round", "bytes", "seconds"), labels, strict=True):
         for curve, (dash, colour) in zip(curves, itertools.cycle(styles), strict=False):
-            x, y = curve[column] / scale, curve["accuracy"]
-            marker = "o" if len(x) == 1 else None
-            axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.6, marker=marker)
-            axes.plot(x[-1], y[-1], color=colour, marker="o", markersize=4)
+            axes.plot(curve[column], curve["accuracy"], color=colour, linestyle=dash, linewidth=1.6)
+            axes.plot(curve[column][-1], curve["accuracy"][-1], color=colour, marker="o", markersize=4)
         ends = [curve[column][-1] for curve in curves]
         if column != "round" and min(ends) > 0 and max(ends) / min(ends) > WIDE_RANGE:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(numticks=6))
         else:
             axes.set_xlim(left=0)
-        if column == "round":
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=column == "round"))
+        if column == "bytes":
+            axes.xaxis.set_major_formatter(EngFormatter("B"))
         axes.set_xlabel(label)
     panels[0].set_ylabel("test accuracy")
     panels[0].yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
-    labels = [f"{run.name}  {curve['accuracy'][-1]:.1%}" for run, curve in zip(runs, curves, strict=True)]
-    handles = [axes.lines[2 * index] for index in range(len(runs)) for axes in panels[:1]]
-    columns = max(1, min(len(runs), int(130 / (max(map(len, labels)) + 8))))
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=2.4)
+    handles = panels[0].lines[::2]
+    names = [f"{run.name}  {100 * curve['accuracy'][-1]:.1f} %" for run, curve in zip(runs, curves, strict=True)]
+    columns = max(1, min(len(runs), int(130 / (max(map(len, names)) + 8))))
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=2.4)
     return figure
-
-
-def _unit(size: float) -> tuple[float, str]:
-    """The unit in which a number of bytes is at least 1."""
-    return next((unit for unit in UNITS if size >= unit[0]), UNITS[-1])
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -124,9 +113,8 @@ def bytes_figure(runs: Sequence[Run]) -> Figure:
     """Payload of each run by kind: downloads in blues, uploads in oranges, with the total at the bar's end."""
     totals = np.array([max(1, sum(run.by_kind.values())) for run in runs], float)
     shares = totals.max() / totals.min() > WIDE_RANGE
-    factor, unit = _unit(totals.max())
-    widths = 100 / totals if shares else np.full(len(runs), 1 / factor)
-    longest = 100.0 if shares else totals.max() / factor
+    widths = 100 / totals if shares else np.ones(len(runs))
+    longest = float((totals * widths).max())
     colours = _kind_colours(runs)
     figure = Figure(figsize=(9, 1.1 + 0.42 * len(runs)), layout="constrained")
     axes = figure.subplots()
@@ -140,15 +128,20 @@ def bytes_figure(runs: Sequence[Run]) -> Figure:
             if size > 0.011 * longest * len(kind) + 0.02 * longest:
                 axes.text(left + size / 2, row, kind, ha="center", va="center", color=_ink(colours[kind]), fontsize=8)
             left += size
-        axes.text(
-            left + 0.012 * longest, row, f"{megabytes(sum(run.by_kind.values()))} MB", va="center", color="#222222"
-        )
+        size_text = f"{megabytes(sum(run.by_kind.values()))} MB"
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(left + 0.012 * longest, row, size_text, va="center", color="#222222", bbox=box)
     axes.set_yticks(range(len(runs)), [run.name for run in runs], color="#222222")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.16 * longest)
-    axes.set_xlabel("share of the run's payload (%), and its size" if shares else f"payload ({unit})")
+    axes.spines["bottom"].set_bounds(0, longest)
     if shares:
+        axes.set_xlabel("share of the run's payload (%)")
         axes.set_xticks(range(0, 101, 20))
+    else:
+        axes.set_xlabel("payload")
+        axes.xaxis.set_major_formatter(EngFormatter("B"))
+        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= longest])
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     handles = [matplotlib.patches.Patch(color=colour, label=kind) for kind, colour in colours.items()]
@@ -157,13 +150,17 @@ def bytes_figure(runs: Sequence[Run]) -> Figure:
 
 
 def _kind_colours(runs: Sequence[Run]) -> dict[str, tuple[float, float, float]]:
-    """A colour for every kind, downloads first; those of one direction are shades of one hue."""
-    kinds = sorted({kind for run in runs for kind, size in run.by_kind.items() if size})
-    colours = {}
+    """A colour for every kind, downloads first: shades of one hue a direction, the largest kind the fullest."""
+    largest: dict[str, float] = {}
+    for run in runs:
+        for kind, size in run.by_kind.items():
+            if size:
+                largest[kind] = max(largest.get(kind, 0), size / sum(run.by_kind.values()))
+    colours: dict[str, tuple[float, float, float]] = {}
     for direction, hue in (("down.", BLUE), ("up.", ORANGE), ("", GREY)):
-        group = [kind for kind in kinds if kind not in colours and kind.startswith(direction)]
-        for index, kind in enumerate(group):
-            lightness = 0.72 * index / max(1, len(group) - 1)
+        group = [kind for kind in largest if kind not in colours and kind.startswith(direction)]
+        for index, kind in enumerate(sorted(group, key=lambda kind: (-largest[kind], kind))):
+            lightness = 0.75 * index / max(3, len(group) - 1)
             red, green, blue = (channel + (1 - channel) * lightness for channel in to_rgb(hue))
             colours[kind] = (red, green, blue)
     return colours
@@ -177,16 +174,17 @@ def _ink(background: tuple[float, float, float]) -> str:
 # --- time -------------------------------------------------------------------------------------------------------------
 def time_figure(runs: Sequence[Run]) -> Figure:
     """Where the time of each rank went over the whole run, one panel a run."""
-    ranks = [int(run.record.rank_times["rank"].max()) + 1 for run in runs if run.record is not None]
+    ranks = [len(np.unique(run.record.rank_times["rank"])) for run in runs if run.record is not None]
     heights = [0.55 + min(4.0, 0.24 * count) for count in ranks]
     figure = Figure(figsize=(9, 0.7 + sum(heights)), layout="constrained")
     panels = figure.subplots(len(runs), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, run, count in zip(panels, runs, ranks, strict=True):
         assert run.record is not None
         columns = run.record.rank_times
+        row = np.unique(columns["rank"], return_inverse=True)[1]
         left = np.zeros(count)
         for name, colour in TIMES.items():
-            spent = np.bincount(columns["rank"], weights=columns[name], minlength=count)
+            spent = np.bincount(row, weights=columns[name], minlength=count)
             axes.barh(np.arange(count), spent, left=left, height=0.78, color=colour, label=name)
             left += spent
         axes.set_title(run.name)
@@ -236,9 +234,14 @@ def partition_figure(partition: PartitionRecord) -> Figure:
     below.set_ylim(-0.6, classes - 0.4)
     below.set_xlabel("client")
     below.set_ylabel("class")
-    below.xaxis.set_major_locator(MaxNLocator(min(clients, 20), integer=True))
-    below.yaxis.set_major_locator(MaxNLocator(min(classes, 11), integer=True))
+    below.xaxis.set_major_locator(_whole_numbers(clients))
+    below.yaxis.set_major_locator(_whole_numbers(classes))
     return figure
+
+
+def _whole_numbers(count: int) -> FixedLocator | MaxNLocator:
+    """Ticks at 0, 1, ...: all of a few, or some of many."""
+    return FixedLocator(range(count)) if count <= 20 else MaxNLocator(20, integer=True, steps=[1, 2, 5, 10])
 
 
 def _stacked(width: float, height: float) -> tuple[Figure, tuple[Axes, Axes]]:
@@ -281,7 +284,14 @@ def _circles(axes: Axes, histogram: npt.NDArray[np.int64], largest: float) -> No
         )
         x, y = axes.transAxes.inverted().transform(place)
         circles([count], [(x, y)], axes.transAxes)
-        axes.text(x, y, f"{count:,}", transform=axes.transAxes, va="center")
+        axes.annotate(
+            f"{count:,}",
+            (x, y),
+            xycoords="axes fraction",
+            xytext=(36 * largest + 6, 0),
+            textcoords="offset points",
+            va="center",
+        )
 
 
 def _round_count(value: float) -> int:

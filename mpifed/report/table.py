@@ -11,6 +11,7 @@ from typing import Any
 
 from mpifed.progress import megabytes, percent
 from mpifed.report.runs import Run
+from mpifed.storage.summary import SECONDS
 
 HEADER = (
     *("run", "algorithm", "data", "ranks", "rounds", "final %", "best %", "last 10 %"),
@@ -65,7 +66,7 @@ def csv_table(runs: Sequence[Run]) -> str:
     writer.writerow(
         ["run", "path", "state", "algorithm", "data", "seed", "ranks", "rounds"]
         + ["accuracy_final", "accuracy_best", "accuracy_last10", "logical_up", "logical_down"]
-        + ["mpi_sent", "mpi_received", *(f"seconds_{name}" for name in _SECONDS), "absent"]
+        + ["mpi_sent", "mpi_received", *(f"seconds_{name}" for name in SECONDS), "absent"]
     )
     for run in runs:
         accuracy, sent, seconds = (run.totals[name] for name in ("accuracy", "bytes", "seconds"))
@@ -73,12 +74,9 @@ def csv_table(runs: Sequence[Run]) -> str:
             [run.name, run.path, run.state, run.algorithm, run.data, run.seed, run.ranks, run.totals["rounds"]]
             + [accuracy["final"], accuracy["best"], accuracy["last10"]]
             + [sent["logical"]["up"], sent["logical"]["down"], sent["mpi"]["sent"], sent["mpi"]["received"]]
-            + [*(seconds[name] for name in _SECONDS), len(run.totals["absent"])]
+            + [*(seconds[name] for name in SECONDS), len(run.totals["absent"])]
         )
     return file.getvalue()
-
-
-_SECONDS = ("total", "train", "communicate", "evaluate", "checkpoint")
 
 
 def page(runs: Sequence[Run], figures: Sequence[tuple[str, Path]]) -> str:

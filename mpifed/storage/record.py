@@ -92,15 +92,16 @@ def write_record(
     ledger: Mapping[str, Sequence[Any]],
     partition: PartitionRecord | None,
     provenance: Mapping[str, Any],
-    rank_times: Mapping[str, Sequence[Any]],
+    rank_times: Sequence[Sequence[float]],
 ) -> None:
     """Write `run.h5`, whole or not at all; an existing one is replaced.
 
     Args:
         metrics_rows: one row a round, as in `metrics.jsonl`.
-        ledger: the columns named in `LEDGER`, one entry per round, phase, direction, kind and rank; sizes in bytes.
+        ledger: the columns named in `LEDGER` (`mpifed.comm.ledger.Ledger.columns`), one entry per round, phase,
+            direction, kind and rank; sizes in bytes.
         provenance: strings and numbers by name (attributes), and lists (JSON).
-        rank_times: the columns named in `RANK_TIMES`, one entry per round and rank; seconds.
+        rank_times: one row per round and rank, in the order of `RANK_TIMES`; seconds.
     """
     with replacing(Path(path)) as draft, h5py.File(draft, "w", libver="v110") as file:
         file.attrs["version"] = VERSION
@@ -109,7 +110,8 @@ def write_record(
         if partition is not None:
             _write_partition(file.create_group("partition"), partition)
         _write_provenance(file.create_group("provenance"), provenance)
-        _write_columns(file.create_group("rank_times"), rank_times, RANK_TIMES)
+        times = zip(*rank_times, strict=True) if len(rank_times) else [()] * len(RANK_TIMES)
+        _write_columns(file.create_group("rank_times"), dict(zip(RANK_TIMES, times, strict=True)), RANK_TIMES)
 
 
 def _json_bytes(value: Any) -> npt.NDArray[np.uint8]:
@@ -269,6 +271,6 @@ def _read_partition(columns: dict[str, Column], attributes: dict[str, Any]) -> P
     if "test_indices" in columns:
         test = np.split(columns["test_indices"], columns["test_offsets"][1:-1])
     histogram = columns["histogram"]
-    if histogram.ndim != 2 or len(histogram) != len(train):
-        raise _Refused("/partition/histogram does not have one row a client")
+    if histogram.dtype != np.int64 or histogram.ndim != 2 or len(histogram) != len(train) or (histogram < 0).any():
+        raise _Refused("/partition/histogram does not hold counts, one row a client")
     return PartitionRecord(train=train, histogram=histogram, sha256=str(attributes["sha256"]), test=test)

@@ -161,7 +161,7 @@ class RunFolder:
             if not line:
                 continue
             row = _parse_object(line)
-            if row is not None and isinstance(row.get("round"), int):
+            if row is not None and isinstance(row.get("round"), int) and isinstance(row.get("absent", []), list):
                 rows.append(row)
             elif number < len(lines):  # what follows the last newline may be torn
                 raise BadInput(

@@ -9,7 +9,7 @@ from typing import Any
 LAST = 10
 """`accuracy.last10` is the mean over so many evaluations at the end."""
 
-SECONDS = ("total", "train", "communicate", "evaluate", "checkpoint")
+SECONDS = ("total", "train", "communicate", "evaluate", "server", "checkpoint")
 
 
 def number(row: Mapping[str, Any], *path: str) -> int | float | None:
