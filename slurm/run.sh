@@ -22,10 +22,10 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over
 
 srun --kill-on-bad-exit=1 python -m mpifed.run "$@" &
 launcher=$!
-trap 'kill -USR1 $launcher' USR1 TERM # both ask the ranks for a checkpoint; srun passes USR1 on to them
-wait $launcher
-code=$?
-while kill -0 $launcher 2>/dev/null; do # a signal ends `wait` before the launcher has ended
+signalled=1
+trap 'signalled=1; kill -USR1 $launcher' USR1 TERM # both ask for a checkpoint; srun passes USR1 on to the ranks
+while [ $signalled -eq 1 ]; do # a signal ends `wait` before the launcher has ended
+    signalled=0
     wait $launcher
     code=$?
 done
