@@ -1,0 +1,10 @@
+"""The algorithms by name; one file a paper. A name with a colon is the user's own: `"my.module:Class"`."""
+
+ALGORITHMS: dict[str, str] = {
+    "fedavg": "mpifed.algorithms.fedavg:FedAvg",
+    "fedprox": "mpifed.algorithms.fedprox:FedProx",
+    "scaffold": "mpifed.algorithms.scaffold:Scaffold",
+    "feddyn": "mpifed.algorithms.feddyn:FedDyn",
+    "local": "mpifed.algorithms.local:Local",
+    "pooled": "mpifed.algorithms.local:Pooled",
+}

@@ -17,7 +17,7 @@ from torch import Tensor
 from mpifed.types import DataSpec, Layout, Payload, State
 
 
-# --- how an uploaded field reaches the server ------------------------------------------------------------------------
+# --- how an uploaded field reaches the server -------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Sum:
     """Added over the replies: the server receives one tensor, however many clients answered."""
@@ -53,8 +53,12 @@ class Field:
     layout: Layout | None = None
     to: Literal["participants", "each", "everybody"] = "participants"
 
+    def __post_init__(self) -> None:
+        if self.shape.count(None) > 1:
+            raise ValueError(f"a field may have one unknown length, not {self.shape}")
 
-# --- what a client answers ---------------------------------------------------------------------------------------------
+
+# --- what a client answers --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Reply:
     """A client's answer: its upload and the weight of its upload in every `Mean` (its number of samples, as a rule)."""
@@ -91,7 +95,7 @@ class Uploads(Protocol):
         """An `Each` field, one tensor a client in the order of `clients`."""
 
 
-# --- what an algorithm is given ----------------------------------------------------------------------------------------
+# --- what an algorithm is given ---------------------------------------------------------------------------------------
 class Model(Protocol):
     """A module whose parameters are views of one flat vector (`mpifed.models.flat`)."""
 
@@ -102,6 +106,15 @@ class Model(Protocol):
     buffers: Tensor  # [b] float32, the floating-point running statistics
 
     def load(self, parameters: Tensor, buffers: Tensor | None = None) -> None: ...
+
+    def zero_gradient(self) -> None: ...
+
+    @property
+    def training(self) -> bool: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -117,7 +130,7 @@ class Env(Protocol):
     shared_buffers: bool  # running statistics are averaged with the weights (`model.buffers = "average"`)
 
     def model(self, client: int | None = None) -> Model:
-        """The server's model, or a client's where models differ: one instance per architecture and rank, to be loaded."""
+        """The server's model, or a client's where models differ: one instance per architecture and rank; load it."""
 
     def initial(self, client: int | None = None) -> tuple[Tensor, Tensor]:
         """That model's initial parameters `[d]` and buffers `[b]`, a function of the seed."""
@@ -134,6 +147,7 @@ class ClientContext(Protocol):
     phase: str
     env: Env
     examples: int
+    relative_examples: float  # examples over the mean of all clients'
     label_counts: Tensor  # int64 [classes]
     x: Tensor  # float32 [examples, *input_shape], standardised, on the device
     y: Tensor  # int64 [examples]
@@ -147,7 +161,7 @@ class ClientContext(Protocol):
         """A number for the round's record; the mean over the clients is reported under `name`."""
 
 
-# --- the algorithm -----------------------------------------------------------------------------------------------------
+# --- the algorithm ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Phase:
     """One exchange of a round: a download, what each client does with it, and what the server makes of the replies.

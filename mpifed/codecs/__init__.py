@@ -1,4 +1,4 @@
-"""Codecs: how one tensor becomes bytes on its way, and a tensor again. A leaf: knows tensors and layouts, nothing else."""
+"""Codecs: how one tensor becomes bytes on its way, and a tensor again. A leaf: it knows tensors and layouts alone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,14 @@ class Codec(Protocol):
     plain: bool
     """The bytes are the tensor's own, so that a sum of encoded tensors can be taken piece by piece."""
 
+    stateful: bool
+    """It remembers something for each client, which then stays on one rank."""
+
+    def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> int | None:
+        """Encoded bytes where the shape alone decides them, else None."""
+
     def encode(self, value: Tensor, layout: Layout | None, memory: State, progress: float) -> tuple[Tensor, State]:
-        """`value` (any shape, on the CPU) -> bytes (uint8, one axis) and the next memory; `progress` is round/rounds."""
+        """`value` (any shape, on the CPU) -> bytes (uint8, one axis) and the next memory; `progress`: round/rounds."""
 
     def decode(self, data: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> Tensor:
         """The bytes -> a tensor of that shape and dtype."""

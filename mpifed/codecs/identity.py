@@ -29,6 +29,12 @@ class Identity:
 
     plain: ClassVar[bool] = True
 
+    stateful: ClassVar[bool] = False
+
+    def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> int | None:
+        """See `Codec.nbytes`."""
+        return torch.Size(shape).numel() * dtype.itemsize
+
     def encode(self, value: Tensor, layout: Layout | None, memory: State, progress: float) -> tuple[Tensor, State]:
         """See `Codec.encode`."""
         return to_bytes(value), memory

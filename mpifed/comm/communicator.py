@@ -54,7 +54,7 @@ class Communicator(ABC):
         self.traffic = Traffic()
         self.seconds_waiting = 0.0
 
-    # --- what an implementation provides; each call moves at most `chunk_bytes` --------------------------------------
+    # --- what an implementation provides; each call moves at most `chunk_bytes` ---------------------------------------
     @abstractmethod
     def _broadcast(self, buffer: Buffer) -> None: ...
 
@@ -74,11 +74,15 @@ class Communicator(ABC):
     def barrier(self) -> None:
         """Return when every rank has come here."""
 
+    def library(self) -> str:
+        """What moves the bytes, one line."""
+        return "threads of one process"
+
     @abstractmethod
     def abort(self, code: int) -> None:
         """End the whole job at once, with this exit code."""
 
-    # --- collectives -----------------------------------------------------------------------------------------------
+    # --- collectives --------------------------------------------------------------------------------------------------
     def broadcast(self, buffer: Buffer, kinds: Kinds) -> None:
         """Rank 0's `buffer` (contiguous, any dtype) arrives in every other rank's, of the same length."""
         flat = buffer.reshape(-1).view(np.uint8)
@@ -151,7 +155,7 @@ class Communicator(ABC):
         self.traffic.count(sent={label: values.nbytes}, received={label: values.nbytes})
         return receive
 
-    # --- small messages made of these ------------------------------------------------------------------------------
+    # --- small messages made of these ---------------------------------------------------------------------------------
     def broadcast_bytes(self, data: bytes | None, kind: str = CONTROL) -> bytes:
         """Rank 0's `data` on every rank."""
         length = np.array([len(data) if self.rank == 0 and data is not None else 0], np.int64)

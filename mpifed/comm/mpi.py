@@ -83,16 +83,17 @@ def world() -> Communicator:
     several = {name: size for name, size in announced.items() if size > 1}
     try:
         comm: Communicator = Mpi()
-        library = comm.library() if isinstance(comm, Mpi) else ""
     except (ImportError, RuntimeError) as error:
         if several:
-            raise BadInput(f"no MPI library could be loaded ({error}); install one: pip install 'mpifed[mpi]'") from None
+            raise BadInput(
+                f"no MPI library could be loaded ({error}); install one: pip install 'mpifed[mpi]'"
+            ) from None
         print("mpifed: no MPI library found, running on one rank (pip install 'mpifed[mpi]')", file=sys.stderr)
         return InProcess.alone()
     if comm.size == 1 and several:
         name, size = next(iter(several.items()))
         raise BadInput(
-            f"the launcher started {size} processes ({name}) but each sees a world of one rank with {library}; "
+            f"the launcher started {size} processes ({name}) but each sees a world of one rank with {comm.library()}; "
             "use the mpirun of the MPI library that mpi4py has loaded, or srun with its --mpi type"
         )
     return comm

@@ -63,6 +63,11 @@ class Roster:
         self._home = self._deal(range(self.clients)) if stateful else None
 
     @property
+    def fixed(self) -> bool:
+        """A client is always trained by the same rank."""
+        return self._home is not None or participants(self._participation, self.clients) >= self.clients
+
+    @property
     def hosts(self) -> Sequence[int]:
         """The ranks that train clients."""
         return range(1, self.ranks) if self.ranks > 1 else (0,)

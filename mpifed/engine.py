@@ -1,0 +1,465 @@
+"""The round loop.
+
+A round: sample the clients from the seed; for each phase, the server's download, one broadcast, every rank's clients
+in the order of their ids, the announcement of the replies, their collection, the server's step; then the ledger, the
+agreement to go on, and the checkpoint if one is due. Every rank issues the same collectives whatever happens to a
+client. While clients train, rank 0 evaluates the model that it has just sent, which is the last round's result: so a
+round's metrics are complete in the next round or, the last one's, at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpifed.algorithms.base import Absent, Model, Phase, Reply
+from mpifed.comm.communicator import CONTROL, Communicator
+from mpifed.comm.exchange import Exchange, Outgoing, Sizes
+from mpifed.comm.inprocess import InProcess
+from mpifed.comm.ledger import Entry, Ledger, unlabel
+from mpifed.errors import BadInput, TooFewReplies
+from mpifed.failpoints import reach
+from mpifed.federation.env import Context
+from mpifed.federation.federation import Federation
+from mpifed.federation.roster import Assignment
+from mpifed.federation.store import ClientStore
+from mpifed.job import load
+from mpifed.learning.evaluate import evaluate
+from mpifed.storage.checkpoint import Checkpoints, Found
+from mpifed.storage.run_folder import RunFolder
+from mpifed.types import Payload, State, map_state
+
+log = logging.getLogger("mpifed")
+
+
+@dataclass
+class Records:
+    """What rank 0 writes down of a run."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)  # metrics, a row a round
+    ledger: Ledger = field(default_factory=Ledger)
+    rank_times: list[list[Any]] = field(default_factory=list)  # round, rank, train, wait, communicate, evaluate
+    resumed: int = 0
+
+    def to_bytes(self) -> dict[str, bytes]:
+        """JSON by name, for a checkpoint."""
+        values = {
+            "rows": self.rows,
+            "ledger": self.ledger.rows(),
+            "rank_times": self.rank_times,
+            "resumed": self.resumed,
+        }
+        return {name: json.dumps(value).encode() for name, value in values.items()}
+
+    @classmethod
+    def from_checkpoint(cls, found: Found) -> Records:
+        """The records of a checkpoint, of a run that is resumed once more."""
+        rows, ledger, times, resumed = (
+            json.loads(found.records(name)) for name in ("rows", "ledger", "rank_times", "resumed")
+        )
+        return cls(rows, Ledger.from_rows(ledger), times, resumed + 1)
+
+
+class Clock:
+    """Seconds by activity, since the last `take`; an activity within another counts for itself alone."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._within = 0.0
+
+    @contextmanager
+    def time(self, activity: str) -> Iterator[None]:
+        started, outside = time.perf_counter(), self._within
+        self._within = 0.0
+        try:
+            yield
+        finally:
+            passed = time.perf_counter() - started
+            self._seconds[activity] = self._seconds.get(activity, 0.0) + passed - self._within
+            self._within = outside + passed
+
+    def take(self) -> dict[str, float]:
+        taken, self._seconds = self._seconds, {}
+        return taken
+
+
+class StopSignal:
+    """USR1 and TERM ask for a checkpoint and an end at the next round's boundary; they only set a flag."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def install(self) -> None:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+
+
+class Engine:
+    """Runs a federation's rounds on this rank; at rank 0 it calls `row_done(row)` for every completed metrics row."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        checkpoints: Checkpoints,
+        store: ClientStore,
+        stop: StopSignal | None = None,
+    ) -> None:
+        self.federation = federation
+        self.job = federation.job
+        self.comm: Communicator = federation.comm
+        self.algorithm = federation.algorithm
+        self.phases = self.algorithm.phases(federation.env)
+        self.exchange = Exchange(self.comm, federation.codec, self.job.reduce, federation.env.device)
+        self.store = store  # client id -> {"state": ..., "codec": {field: memory}}
+        self.checkpoints = checkpoints
+        self.server: State | None = None  # at rank 0
+        self.records = Records()
+        self.round = 0  # rounds done
+        self._stop = stop or StopSignal()
+        self.row_done: Callable[[dict[str, Any]], None] = lambda row: None
+        self._open: dict[str, Any] | None = None  # the last round's row, until it is evaluated
+        self._clock = Clock()
+        self._last_checkpoint = time.monotonic()
+
+    # --- beginning ----------------------------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """The state before round 1."""
+        if self.comm.rank == 0:
+            self.server = self.algorithm.server_init(self.federation.env)
+
+    def restore(self, found: Found) -> None:
+        """The state of a checkpoint, its clients dealt to the ranks that are here now."""
+        reach("resume.found", found.round, self.comm.rank)
+        self.round = found.round
+        if self.comm.rank == 0:
+            self.server = self._on_device(found.server())
+            self.records = Records.from_checkpoint(found)
+            self._open = self.records.rows[-1] if self.records.rows and "open" in self.records.rows[-1] else None
+        for client in self.federation.roster.deal(range(self.federation.clients)).by_rank[self.comm.rank]:
+            if client in found.clients:
+                self.store.put(client, found.client(client))
+        reach("resume.loaded", found.round, self.comm.rank)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+    def run(self) -> bool:
+        """All rounds that are left. False where a signal stopped the run before its end, after a checkpoint."""
+        self.comm.traffic.take()  # what was said before round 1 belongs to no round
+        self._clock.take()
+        while self.round < self.job.rounds:
+            stopped = self._run_round(self.round + 1)
+            if stopped and self.round < self.job.rounds:
+                return False
+        self._close_row(self.federation.env)
+        return True
+
+    def _run_round(self, round_: int) -> bool:
+        began = time.perf_counter()
+        reach("round.start", round_, self.comm.rank)
+        sampled = self.federation.roster.sample(round_)
+        logged: dict[int, dict[str, float]] = {}
+        absent: dict[int, str] = {}
+        logical: list[tuple[str, Sizes, Assignment]] = []
+        replies = len(sampled)
+        for number, phase in enumerate(p for p in self.phases for _ in range(p.repeat)):
+            asked = sampled if phase.clients == "round" else range(self.federation.clients)
+            dealt = self.federation.roster.deal(asked)
+            sizes, answered = self._run_phase(phase, round_, dealt, logged, absent, first=number == 0)
+            logical.append((phase.name, sizes, dealt))
+            replies = min(replies, answered)
+        reach("round.end", round_, self.comm.rank)
+
+        seconds = self.job.checkpoint.every_seconds
+        wanted = self.comm.rank == 0 and 0 < seconds <= time.monotonic() - self._last_checkpoint
+        with self._clock.time("communicate"):
+            stop, timed = self.comm.sum_everywhere(torch.tensor([self._stop.asked, wanted]).double().numpy()) > 0
+        self._record(round_, logged, absent, logical, len(sampled), replies, began)
+        self.round = round_
+        every = self.job.checkpoint.every_rounds
+        last = round_ == self.job.rounds
+        if stop or timed or last or (every and round_ % every == 0):
+            self._checkpoint()
+        if self._open is not None and not self._open["open"]:
+            self._finish_row()
+        return bool(stop)
+
+    # --- one phase ----------------------------------------------------------------------------------------------------
+    def _run_phase(
+        self,
+        phase: Phase,
+        round_: int,
+        dealt: Assignment,
+        logged: dict[int, dict[str, float]],
+        absent: dict[int, str],
+        first: bool,
+    ) -> tuple[Sizes, int]:
+        """One exchange; returns its logical bytes and how many clients answered."""
+        rank = self.comm.rank
+        down_fields, up_fields = phase.down(round_), phase.up(round_)
+        progress = round_ / self.job.rounds
+        with self._clock.time("communicate"):
+            payload = None if self.server is None else phase.download(self.server, round_)
+            shared, own, sizes = self.exchange.download(
+                phase.name, down_fields, payload, dealt, self.federation.clients, progress
+            )
+            if self.server is not None:
+                self.server = self.algorithm.sent(self.server, shared, round_)
+        reach("round.after_download", round_, rank)
+        if first and self.server is not None:
+            self._close_row(self.federation.env)
+
+        outgoing: dict[int, Outgoing] = {}
+        staged: dict[int, State] = {}
+        said: dict[int, str] = {}
+        numbers: dict[int, dict[str, float]] = {}
+        with self._clock.time("train"):
+            for client in dealt.by_rank[rank]:
+                kept = self.store.get(client) or {}
+                reach("client.before", round_, rank)
+                try:
+                    state, answer, numbers[client] = self._ask(phase, round_, client, kept, shared | own[client])
+                    if isinstance(answer, Reply):
+                        memory = kept.get("codec", {})
+                        outgoing[client] = self.exchange.encode(up_fields, answer, memory, progress)
+                        memory = outgoing[client].memory
+                    else:
+                        said[client], memory = answer.reason, kept.get("codec", {})
+                    staged[client] = {"state": self._on_host(state)} | ({"codec": memory} if memory else {})
+                except Exception as error:  # a bad client costs its own reply
+                    said[client] = f"{type(error).__name__}: {error}"
+                    where = f"client {client} on rank {rank} in round {round_}, phase {phase.name}"
+                    log.warning("%s did not answer: %s\n%s", where, said[client], traceback.format_exc())
+                reach("client.after", round_, rank)
+
+        reach("round.before_upload", round_, rank)
+        with self._clock.time("wait"):
+            known = self.exchange.announce(up_fields, outgoing, dealt)
+        if len(known.clients) < self.job.min_replies:
+            raise TooFewReplies(self._too_few(phase, round_, len(known.clients), said))
+        with self._clock.time("communicate"):
+            uploads = self.exchange.collect(phase.name, up_fields, outgoing, known, dealt)
+        reach("round.after_upload", round_, rank)
+        for client, record in staged.items():
+            if record["state"] or "codec" in record:
+                self.store.put(client, record)
+            if client in known.weights:
+                logged.setdefault(client, {}).update(numbers[client])
+        absent.update(said)
+        if uploads is not None and self.server is not None:
+            reach("server.before", round_, rank)
+            with self._clock.time("server"):
+                self.server = phase.server(self.server, uploads, round_)
+            reach("server.after", round_, rank)
+        return {**sizes, **known.logical}, len(known.clients)
+
+    def _ask(
+        self, phase: Phase, round_: int, client: int, kept: State, down: Payload
+    ) -> tuple[State, Reply | Absent, dict[str, float]]:
+        """A client's part in a phase: next state, answer, and the numbers that it logged."""
+        federation = self.federation
+        state = kept["state"] if "state" in kept else self.algorithm.client_init(federation.env, client)
+        samples = federation.samples(client)
+        ctx = Context(federation.env, client, round_, phase.name, samples, federation.mean_examples, self.job.local)
+        state, answer = phase.client(self._on_device(state), down, ctx)
+        if state and not federation.roster.fixed:
+            raise TypeError(f"{type(self.algorithm).__name__} keeps client states, but does not say `stateful = True`")
+        state = map_state(ctx.owned, state)
+        if isinstance(answer, Reply):
+            answer = Reply({name: ctx.owned(tensor) for name, tensor in answer.upload.items()}, answer.weight)
+        if self.algorithm.evaluates == "clients" and phase is self.phases[-1] and self._evaluation_due(round_):
+            with self._clock.time("evaluate"):
+                tested = self._evaluate(self.algorithm.client_predictor(state, federation.env, client), client)
+                ctx.logged.update(tested)
+        return state, answer, ctx.logged
+
+    def _too_few(self, phase: Phase, round_: int, replies: int, said: Mapping[int, str]) -> str:
+        """The sentence about it, with the reasons of all ranks, the same on every rank."""
+        everyone = self.comm.gather_bytes(json.dumps(said).encode())
+        reasons = {client: why for part in everyone or [] for client, why in json.loads(part).items()}
+        listed = "; ".join(f"client {client}: {reasons[client]}" for client in sorted(reasons, key=int)[:5])
+        return str(
+            self.comm.broadcast_json(
+                f"round {round_}, phase {phase.name}: {replies} usable replies, min_replies is {self.job.min_replies}"
+                + (f" ({listed})" if listed else "")
+            )
+        )
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+    def _evaluation_due(self, round_: int) -> bool:
+        every = self.job.evaluate.every_rounds
+        return round_ == self.job.rounds or bool(every and round_ % every == 0)
+
+    def _evaluate(self, model: tuple[Tensor, Tensor], client: int | None = None) -> dict[str, float]:
+        env = self.federation.env
+        instance = env.model(client)
+        instance.load(*model)
+        x, y = self.federation.test_set
+        tested = evaluate(instance, x, y, self.job.evaluate.batch_size, standardise=env.spec.standardise)
+        return {"accuracy": tested.accuracy, "loss": tested.loss}
+
+    # --- records ------------------------------------------------------------------------------------------------------
+    def _record(
+        self,
+        round_: int,
+        logged: Mapping[int, Mapping[str, float]],
+        absent: Mapping[int, str],
+        logical: list[tuple[str, Sizes, Assignment]],
+        sampled: int,
+        replies: int,
+        began: float,
+    ) -> None:
+        """Bring every rank's numbers of the round to rank 0, which makes the row and the ledger of them."""
+        sent, received = self.comm.traffic.take()
+        message = {
+            "logged": logged,
+            "absent": absent,
+            "sent": sent,
+            "received": received,
+            "seconds": self._clock.take(),
+        }
+        parts = self.comm.gather_bytes(json.dumps(message).encode())
+        _, own_received = self.comm.traffic.take()  # of this message itself
+        if parts is None:
+            return
+        ranks = [json.loads(part) for part in parts]
+        for rank, part in enumerate(ranks):  # every rank's share of the message, which it could not know before
+            extra = {CONTROL: 8 * self.comm.size + len(parts[rank])}
+            _add(part["sent"], extra)
+            _add(part["received"], own_received if rank == 0 else {CONTROL: 8 * self.comm.size})
+        self._add_to_ledger(round_, ranks, logical)
+
+        total = self.records.ledger.totals(round_)
+        numbers = {int(client): values for part in ranks for client, values in part["logged"].items()}
+        names = dict.fromkeys(name for client in sorted(numbers) for name in numbers[client])
+        row: dict[str, Any] = {"round": round_, "accuracy": None, "loss": None}
+        for name in names:
+            values = [numbers[client][name] for client in sorted(numbers) if name in numbers[client]]
+            row[name] = sum(values) / len(values)
+            if name == "accuracy" and len(values) > 1:
+                row |= {"accuracy_min": min(values), "accuracy_max": max(values)}
+        gone = {int(client): why for part in ranks for client, why in part["absent"].items()}
+        seconds = [part["seconds"] for part in ranks]
+        row |= {
+            "clients": sampled,
+            "replies": replies,
+            "absent": [{"client": client, "reason": gone[client]} for client in sorted(gone)],
+            "bytes": total,
+            "seconds": {
+                "total": time.perf_counter() - began,
+                **{name: max(part.get(name, 0.0) for part in seconds) for name in ("train", "communicate", "evaluate")},
+                "server": seconds[0].get("server", 0.0),
+                "checkpoint": 0.0,
+            },
+            "open": self.algorithm.evaluates == "server" and self._evaluation_due(round_),
+        }
+        for rank, part in enumerate(seconds):
+            times = [part.get(name, 0.0) for name in ("train", "wait", "communicate", "evaluate")]
+            self.records.rank_times.append([round_, rank, *times])
+        self.records.rows.append(row)
+        self._open = row
+
+    def _add_to_ledger(
+        self, round_: int, ranks: list[dict[str, Any]], logical: list[tuple[str, Sizes, Assignment]]
+    ) -> None:
+        """Entries of a round, in a fixed order; a client's logical bytes stand at the rank that trains it."""
+        for rank, part in enumerate(ranks):
+            totals: dict[tuple[str, str, str], list[int]] = {}
+            for column, name in ((1, "sent"), (2, "received")):
+                for text, size in part[name].items():
+                    totals.setdefault(unlabel(text), [0, 0, 0])[column] += size
+            for phase, sizes, dealt in logical:
+                for (direction, kind), by_client in sizes.items():
+                    here = {client for client in by_client if self._rank_of(client, dealt) == rank}
+                    size = sum(by_client[client] for client in here)
+                    totals.setdefault((phase, direction, kind), [0, 0, 0])[0] += size
+            self.records.ledger.entries += [
+                Entry(round_, *key, rank, *totals[key]) for key in sorted(totals) if any(totals[key])
+            ]
+
+    def _rank_of(self, client: int, dealt: Assignment) -> int:
+        """The rank that trains a client, or would if the client that is sent something had been asked."""
+        return (
+            dealt.rank_of[client] if client in dealt.rank_of else self.federation.roster.deal([client]).rank_of[client]
+        )
+
+    def _close_row(self, env: Any) -> None:
+        """Evaluate the server's model for the last round's row, if that is still open, and hand the row on."""
+        if self._open is None or self.server is None:
+            return
+        if self._open["open"]:
+            with self._clock.time("evaluate"):
+                started = time.perf_counter()
+                self._open.update(self._evaluate(self.algorithm.predictor(self.server, env)))
+                self._open["seconds"]["evaluate"] += time.perf_counter() - started
+        self._finish_row()
+
+    def _finish_row(self) -> None:
+        row, self._open = self._open, None
+        assert row is not None
+        del row["open"]
+        self.row_done(row)
+
+    # --- checkpoint ---------------------------------------------------------------------------------------------------
+    def _checkpoint(self) -> None:
+        started = time.perf_counter()
+        server = None if self.server is None else self._on_host(self.server)
+        records = self.records.to_bytes() if self.comm.rank == 0 else {}
+        self.checkpoints.save(self.round, server, self.store.items(), records)
+        self.comm.traffic.take()  # a checkpoint's agreement is part of no round
+        self._last_checkpoint = time.monotonic()
+        if self._open is not None:
+            self._open["seconds"]["checkpoint"] = time.perf_counter() - started
+
+    def _on_device(self, state: State) -> State:
+        return map_state(lambda tensor: tensor.to(self.federation.env.device), state)
+
+    def _on_host(self, state: State) -> State:
+        return map_state(lambda tensor: tensor.detach().cpu(), state)
+
+
+def final_model(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, and a description, of a run's newest checkpoint: the evaluated model, or every client's own.
+
+    Raises BadInput where the run has no checkpoint.
+    """
+    job = load(folder.job.read_text(encoding="utf-8"))
+    comm = InProcess.alone()
+    federation = Federation.build(job, comm)
+    found = Checkpoints(folder.checkpoints, job.checkpoint.keep, comm, job.resume_sha256).newest()
+    if found is None:
+        raise BadInput(f"{folder.path} has no complete checkpoint to export")
+    algorithm, env = federation.algorithm, federation.env
+    about = {
+        "algorithm": job.algorithm.name,
+        "model": job.model.name,
+        "round": str(found.round),
+        "job_sha256": job.sha256,
+    }
+    if algorithm.evaluates == "server":
+        return _named(env.model(), algorithm.predictor(found.server(), env)), about
+    tensors: dict[str, Tensor] = {}
+    for client in sorted(found.clients):
+        parts = _named(env.model(client), algorithm.client_predictor(found.client(client)["state"], env, client))
+        tensors |= {f"client_{client}.{name}": tensor for name, tensor in parts.items()}
+    return tensors, about
+
+
+def _named(model: Model, vectors: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return model.layout.views(vectors[0]) | model.buffer_layout.views(vectors[1])
+
+
+def _add(totals: dict[str, int], more: Mapping[str, int]) -> None:
+    for label, size in more.items():
+        totals[label] = totals.get(label, 0) + size

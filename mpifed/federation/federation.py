@@ -1,0 +1,158 @@
+"""What a rank makes of a job before round 1: data, partition, roster, environment; and its clients' samples later on."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpifed.algorithms.base import Algorithm, field_names
+from mpifed.codecs import CODECS, Codec, parse
+from mpifed.comm.communicator import Communicator
+from mpifed.component import accepts, resolve
+from mpifed.data.partition import Partition
+from mpifed.data.source import Source
+from mpifed.errors import BadInput
+from mpifed.federation.env import RunEnv, choose_device
+from mpifed.federation.roster import Roster
+from mpifed.job import Job
+from mpifed.rng import numpy_generator
+
+
+def on_every_rank(comm: Communicator, act: Callable[[], Any]) -> Any:
+    """`act()` on every rank; where it raises BadInput on some, every rank raises the first rank's."""
+    result, problem = None, None
+    try:
+        result = act()
+    except BadInput as error:
+        problem = str(error)
+    agreed = comm.agree(problem)
+    if agreed is not None:
+        raise BadInput(agreed)
+    return result
+
+
+@dataclass
+class Federation:
+    """A job set up on this rank."""
+
+    job: Job
+    comm: Communicator
+    algorithm: Algorithm
+    source: Source
+    partition: Partition
+    roster: Roster
+    env: RunEnv
+    hosts: list[str]
+    _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, job: Job, comm: Communicator) -> Federation:
+        """Set up everything but states. Raises BadInput, the same on every rank, where the job cannot be run."""
+        torch.set_num_threads(job.threads)
+        said = comm.gather_bytes(socket.gethostname().encode())
+        hosts = comm.broadcast_json([name.decode() for name in said] if said is not None else None)
+        federation: Federation = on_every_rank(comm, lambda: cls._build(job, comm, hosts))
+        return federation
+
+    @classmethod
+    def _build(cls, job: Job, comm: Communicator, hosts: list[str]) -> Federation:
+        local_rank = hosts[: comm.rank].count(hosts[comm.rank])
+        algorithm: Algorithm = job.algorithm.make()
+        source: Source = job.data.make()
+        partition = make_partition(job, source)
+        if algorithm.pooled:
+            partition = Partition((np.sort(np.concatenate(partition.train)),))
+        env = RunEnv(job, source.spec, len(partition.train), choose_device(job.device, local_rank))
+        _check_codec_fields(job, algorithm, env)
+        env.model()  # an unfit model is found here, before round 1
+        roster = Roster(
+            seed=job.seed,
+            ranks=comm.size,
+            examples=[len(indices) for indices in partition.train],
+            participation=1.0 if algorithm.pooled else job.participation,
+            sampling=job.sampling,
+            stateful=algorithm.stateful or _kept_beside(job, algorithm, env),
+        )
+        return cls(job, comm, algorithm, source, partition, roster, env, hosts)
+
+    @property
+    def clients(self) -> int:
+        return self.roster.clients
+
+    @cached_property
+    def mean_examples(self) -> float:
+        return sum(self.roster.examples) / self.clients
+
+    def samples(self, client: int) -> tuple[Tensor, Tensor]:
+        """A client's training samples on the device: x float32 `[n, *input_shape]`, standardised, and y int64 `[n]`."""
+        if client in self._kept:
+            stored = self._kept[client]
+        else:
+            stored = self.source.take("train", self.partition.train[client])
+            if self.roster.fixed:  # this rank will train it again; otherwise another may
+                self._kept[client] = stored
+        x, y = stored
+        return self.env.spec.standardise(x.to(self.env.device)), y.to(self.env.device)
+
+    @cached_property
+    def test_set(self) -> tuple[Tensor, Tensor]:
+        """The whole test set as stored: x `[n, *input_shape]` and y int64 `[n]`."""
+        return self.source.take("test", np.arange(len(self.source.test_labels)))
+
+    def codec(self, direction: str, name: str) -> Codec:
+        """The codec of one exchanged field."""
+        return _codec(self.job.codec_of(direction, name), f"codec.{direction}.{name}")  # type: ignore[arg-type]
+
+
+def _check_codec_fields(job: Job, algorithm: Algorithm, env: RunEnv) -> None:
+    """Raise BadInput where the job's codec table names a field that the algorithm does not exchange."""
+    known = dict.fromkeys(f"{way}.{name}" for way, name in field_names(algorithm.phases(env), 1))
+    for name in {} if isinstance(job.codec, str) else job.codec:
+        if name not in known:
+            raise BadInput(
+                f"codec.{name}: {job.algorithm.name} exchanges no such field; known: {', '.join(known) or 'none'}"
+            )
+
+
+def _kept_beside(job: Job, algorithm: Algorithm, env: RunEnv) -> bool:
+    """Clients keep something that is not the algorithm's: their own running statistics, or a codec's memory."""
+    if not env.shared_buffers and env.model().buffer_layout.size > 0:
+        return True
+    names = dict.fromkeys(name for direction, name in field_names(algorithm.phases(env), 1) if direction == "up")
+    return any(_codec(job.codec_of("up", name), f"codec.up.{name}").stateful for name in names)
+
+
+@lru_cache(maxsize=64)
+def _codec(text: str, key: str) -> Codec:
+    name, parameters = parse(text, key)
+    codec: Codec = resolve(CODECS, name, key)(**parameters)
+    return codec
+
+
+def make_partition(job: Job, source: Source) -> Partition:
+    """Who holds what: a function of the data's labels, the seed and the job. Raises BadInput."""
+    table = job.data.partition
+    given: dict[str, Any] = {}
+    if accepts(table.target, "owner"):
+        given["owner"] = source.train_owner
+    partition: Partition = table.target(
+        source.train_labels,
+        job.clients,
+        numpy_generator(job.seed, "partition"),
+        source.test_labels,
+        **given,
+        **table.parameters,
+    )
+    partition.check(len(source.train_labels), len(source.test_labels))
+    if len(partition.train) != job.clients:
+        raise BadInput(
+            f"data.partition.name: '{table.name}' made {len(partition.train)} clients, not clients = {job.clients}"
+        )
+    return partition

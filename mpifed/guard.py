@@ -1,0 +1,97 @@
+"""No hang: an error on any rank ends the whole job at once, with one traceback and a documented exit code.
+
+An exception that leaves one rank would leave the others waiting for ever. So the program runs inside `guarded`, which
+prints what happened and aborts the job; a watchdog thread does the same for a rank that computes too long without coming
+to the next exchange; and, should that thread not get to run, `faulthandler` ends the process from C.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from mpifed.comm.communicator import Communicator
+from mpifed.errors import UNEXPECTED, MpifedError
+
+_LAST_RESORT = 30.0  # seconds after which faulthandler acts where the watchdog should have
+
+
+def end_job(comm: Communicator, code: int, message: str) -> None:
+    """Print, wait until it is out, and end every rank."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    time.sleep(0.2)  # an abort can be faster than the pipe that carries the message
+    comm.abort(code)
+
+
+def guarded(comm: Communicator, main: Callable[[], int]) -> int:
+    """`main()`'s exit code. Errors that every rank raises alike (`MpifedError`) are printed by rank 0 and returned; any
+    other exception, on whichever rank, ends the job."""
+
+    def thread_failed(failed: threading.ExceptHookArgs) -> None:
+        text = "".join(traceback.format_exception(failed.exc_type, failed.exc_value, failed.exc_traceback))
+        end_job(comm, UNEXPECTED, f"mpifed: a thread failed on rank {comm.rank}\n{text}")
+
+    threading.excepthook = thread_failed
+    try:
+        return main()
+    except MpifedError as error:
+        if comm.rank == 0:
+            print(f"mpifed: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else UNEXPECTED
+        if code:
+            end_job(comm, code, f"mpifed: rank {comm.rank} left with exit code {leaving.code}")
+        return code
+    except BaseException:
+        end_job(comm, UNEXPECTED, f"mpifed: an error on rank {comm.rank} ends the job\n{traceback.format_exc()}")
+        return UNEXPECTED
+
+
+class Watchdog:
+    """Ends the job when this rank computes for more than `limit` seconds without coming to the next exchange.
+
+    `waiting(True)` pauses it: whoever waits for a hung rank is not the one that hangs.
+    """
+
+    def __init__(self, comm: Communicator, limit: float) -> None:
+        self._comm = comm
+        self._limit = limit
+        self._deadline: float | None = None
+        self._thread = threading.Thread(target=self._watch, name="mpifed-watchdog", daemon=True)
+
+    def start(self) -> None:
+        self.waiting(False)
+        self._thread.start()
+
+    def waiting(self, begins: bool) -> None:
+        """Called by the communicator when it begins to wait, and when it goes on."""
+        if begins:
+            self._deadline = None
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            self._deadline = time.monotonic() + self._limit
+            faulthandler.dump_traceback_later(self._limit + _LAST_RESORT, exit=True)
+
+    def stop(self) -> None:
+        self._deadline = None
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(0.5, self._limit / 4))
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                print(
+                    f"mpifed: rank {self._comm.rank} came to no exchange for {self._limit:g} s (round_timeout); "
+                    "its stacks:",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(all_threads=True)
+                end_job(self._comm, UNEXPECTED, f"mpifed: rank {self._comm.rank} hangs, the job ends")

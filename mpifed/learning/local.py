@@ -1,0 +1,141 @@
+"""A client's local training: mini-batch SGD or Adam on its own samples, with room for an algorithm's correction.
+
+The whole model is one vector, so a correction (FedProx's proximal term, SCAFFOLD's control variates, FedDyn's linear and
+quadratic terms) is one vector operation on the gradient. It comes before clipping, weight decay and momentum, as a term of
+the loss would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpifed.algorithms.base import ClientContext
+
+Correction = Callable[[Tensor, Tensor], None]
+"""`correction(parameters, gradient)`: adds to the gradient `[d]`, in place."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""`loss(logits [batch, classes], labels [batch]) -> scalar`."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a local training did.
+
+    `displacement` is how far a constant unit gradient would have moved every parameter: `steps * lr` for plain SGD, and
+    `lr * [K - m (1 - m^K) / (1 - m)] / (1 - m)` with momentum m over K steps (FedNova, arXiv 2007.07481, section 4). It
+    is NaN for Adam.
+    """
+
+    steps: int
+    loss: float
+    displacement: float
+
+
+def learning_rate(local: Any, round_: int, rounds: int) -> float:
+    """The step size of a round (from 1), the same for every client that takes part, whenever it did so last."""
+    if local.lr_schedule == "exponential":
+        return float(local.lr * local.lr_decay ** (round_ - 1))
+    if local.lr_schedule == "step":
+        return float(local.lr * local.lr_decay ** ((round_ - 1) // local.lr_step))
+    if local.lr_schedule == "cosine":
+        return float(local.lr * 0.5 * (1.0 + math.cos(math.pi * (round_ - 1) / rounds)))
+    return float(local.lr)
+
+
+def batches(ctx: ClientContext, purpose: str = "batches") -> Iterator[tuple[Tensor, Tensor]]:
+    """The round's mini-batches: `local.epochs` passes, or `local.steps` batches from as many passes as that takes.
+
+    Each pass is a new permutation. The last batch of a pass may be shorter, but is left out where it would hold a single
+    sample after others: batch normalisation cannot train on one.
+    """
+    generator = ctx.generator(purpose)
+    size, left = ctx.local.batch_size, ctx.local.steps
+    passes = 0
+    while passes < ctx.local.epochs if left is None else left > 0:
+        order = torch.randperm(ctx.examples, generator=generator).to(ctx.y.device)
+        for part in order.split(size):
+            if len(part) == 1 and ctx.examples > 1 and size > 1:
+                continue
+            if left is not None:
+                if left == 0:
+                    return
+                left -= 1
+            yield ctx.x[part], ctx.y[part]
+        passes += 1
+
+
+def local_training(
+    ctx: ClientContext,
+    correction: Correction | None = None,
+    loss: Loss = F.cross_entropy,
+) -> Trained:
+    """Train `ctx.model` (loaded by the caller) on the client's samples, as `ctx.local` says; logs `train_loss`.
+
+    Optimiser state (momentum, Adam's moments) is new every round. Raises FloatingPointError where the loss is not finite.
+    """
+    model, local = ctx.model, ctx.local
+    rate = learning_rate(local, ctx.round, ctx.env.rounds)
+    optimizer = _optimizer(model.parameters, local, rate)
+    model.train()
+    torch.manual_seed(ctx.generator("dropout").initial_seed())
+    steps, total = 0, torch.zeros((), dtype=torch.float64, device=ctx.y.device)
+    for x, y in batches(ctx):
+        model.zero_gradient()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=local.precision == "bfloat16"):
+            value = loss(model(x), y)
+        value.backward()
+        if correction is not None:
+            correction(model.parameters.detach(), model.gradient)
+        if local.clip_norm > 0:
+            torch.nn.utils.clip_grad_norm_([model.parameters], local.clip_norm)
+        optimizer.step()
+        total += value.detach()
+        steps += 1
+    mean = float(total) / max(1, steps)
+    if not math.isfinite(mean):
+        raise FloatingPointError("the training loss is not finite")
+    ctx.log("train_loss", mean)
+    return Trained(steps, mean, displacement(local, rate, steps))
+
+
+def displacement(local: Any, rate: float, steps: int) -> float:
+    """How far a constant unit gradient moves a parameter in `steps` steps (see `Trained`)."""
+    if local.optimizer != "sgd":
+        return math.nan
+    moved, velocity = 0.0, 0.0
+    for _ in range(steps):
+        velocity = local.momentum * velocity + 1.0
+        moved += rate * (1.0 + local.momentum * velocity if local.nesterov else velocity)
+    return moved
+
+
+def full_gradient(ctx: ClientContext, loss: Loss = F.cross_entropy) -> Tensor:
+    """The gradient `[d]` of the mean loss over all samples of the client, at `ctx.model`'s parameters; one pass."""
+    model = ctx.model
+    model.train()
+    gradient = torch.zeros_like(model.gradient)
+    for x, y in zip(ctx.x.split(ctx.local.batch_size), ctx.y.split(ctx.local.batch_size), strict=True):
+        model.zero_gradient()
+        loss(model(x), y).backward()
+        gradient.add_(model.gradient, alpha=len(y) / ctx.examples)
+    return gradient
+
+
+def _optimizer(parameters: Tensor, local: Any, rate: float) -> torch.optim.Optimizer:
+    if local.optimizer == "adam":
+        return torch.optim.Adam([parameters], lr=rate, weight_decay=local.weight_decay)
+    return torch.optim.SGD(
+        [parameters],
+        lr=rate,
+        momentum=local.momentum,
+        nesterov=local.nesterov,
+        weight_decay=local.weight_decay,
+    )

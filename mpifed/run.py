@@ -1,0 +1,192 @@
+"""`python -m mpifed.run [JOB.toml] [key=value ...] [--resume RUN] [--dry-run]`, alone or under mpirun or srun.
+
+Without a job file: the built-in default, which needs no download. Exit codes: `mpifed.errors`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpifed.comm.communicator import Communicator
+from mpifed.comm.mpi import Mpi, world
+from mpifed.errors import COMPLETE, REQUEUE, BadInput, MpifedError
+from mpifed.guard import Watchdog, guarded
+
+if TYPE_CHECKING:
+    from mpifed.federation.federation import Federation
+    from mpifed.job import Job
+    from mpifed.storage.run_folder import RunFolder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a job on this rank; the exit code."""
+    try:
+        comm = world()
+    except MpifedError as error:
+        print(f"mpifed: {error}", file=sys.stderr)
+        return error.exit_code
+    return guarded(comm, lambda: _main(list(sys.argv[1:] if argv is None else argv), comm))
+
+
+def _main(argv: list[str], comm: Communicator) -> int:
+    arguments = _arguments(argv, comm)
+    logging.basicConfig(format=f"mpifed [rank {comm.rank}] %(message)s", level=logging.INFO, stream=sys.stderr)
+    job, resumed = _job(arguments, comm)
+
+    from mpifed.federation.federation import Federation
+
+    federation = Federation.build(job, comm)
+    if arguments.dry_run:
+        if comm.rank == 0:
+            from mpifed.federation.plan import describe
+
+            print(job.to_toml() + describe(federation))
+        return COMPLETE
+    return _train(federation, resumed, arguments.resume is not None)
+
+
+def _arguments(argv: list[str], comm: Communicator) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m mpifed.run", description=__doc__.split("\n")[0])
+    parser.add_argument("job", nargs="*", metavar="JOB.toml | key=value", help="a job file, then overrides")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its newest checkpoint")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the job, who is hosted where, the bytes; and exit"
+    )
+    if comm.rank != 0:  # rank 0 says what is wrong with a command line; the others leave with it
+        sys.stderr, stderr = open(os.devnull, "w"), sys.stderr
+        sys.stdout, stdout = open(os.devnull, "w"), sys.stdout
+    try:
+        return parser.parse_args(argv)
+    except SystemExit as leaving:
+        raise _Leave(leaving.code if isinstance(leaving.code, int) else 2) from None
+    finally:
+        if comm.rank != 0:
+            sys.stderr, sys.stdout = stderr, stdout
+
+
+class _Leave(MpifedError):
+    """Every rank leaves with this code; argparse has said all there is to say."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("")
+        self.exit_code = code
+
+
+# --- the job, the same on every rank ----------------------------------------------------------------------------------
+def _job(arguments: argparse.Namespace, comm: Communicator) -> tuple[Job, RunFolder | None]:
+    """Rank 0 reads and validates; the others get the canonical text. With the run folder, where one is resumed."""
+    from mpifed.job import Job
+
+    said: dict[str, Any] = {}
+    folder: RunFolder | None = None
+    if comm.rank == 0:
+        try:
+            job, folder = _read_job(arguments)
+            said = {"job": job.canonical()}
+        except BadInput as error:
+            said = {"problem": str(error)}
+    said = comm.broadcast_json(said)
+    if "problem" in said:
+        raise BadInput(said["problem"])
+    return Job.from_canonical(said["job"]), folder
+
+
+def _read_job(arguments: argparse.Namespace) -> tuple[Job, RunFolder | None]:
+    from mpifed.job import check_resume, load
+    from mpifed.storage.run_folder import RunFolder
+
+    files = [word for word in arguments.job if "=" not in word]
+    overrides = [word for word in arguments.job if "=" in word]
+    if arguments.resume:
+        if files:
+            raise BadInput(f"--resume: the job is the one in {arguments.resume}; leave out {files[0]}")
+        folder = RunFolder.open(arguments.resume)
+        text = _text(folder.job)
+        old, job = load(text, [], str(folder.job)), load(text, overrides, str(folder.job))
+        check_resume(old, job)
+        return job, folder
+    if len(files) > 1:
+        raise BadInput(f"one job file at a time, not {' and '.join(files)}")
+    if not files:
+        return load(None, overrides, "the default job"), None
+    return load(_text(Path(files[0])), overrides, files[0]), None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise BadInput(f"the job file {path} cannot be read: {reason}") from None
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+def _train(federation: Federation, resumed: RunFolder | None, resume: bool) -> int:
+    from mpifed.engine import Engine, StopSignal
+    from mpifed.federation.store import ClientStore
+    from mpifed.journal import Journal
+    from mpifed.storage.checkpoint import Checkpoints
+
+    job, comm = federation.job, federation.comm
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    folder = _folder(federation, resumed)
+    checkpoints = Checkpoints(folder.checkpoints, job.checkpoint.keep, comm, job.resume_sha256)
+    store = ClientStore(job.client_state_mb * 1_000_000, folder.scratch / f"rank_{comm.rank:04d}")
+    stop = StopSignal()
+    stop.install()
+    engine = Engine(federation, checkpoints, store, stop)
+    found = checkpoints.newest() if resume else None
+    if found is None:
+        engine.begin()
+    else:
+        if found.round > job.rounds:
+            raise BadInput(f"rounds: {found.round} rounds of this run are done, but the job says {job.rounds}")
+        engine.restore(found)
+    journal = Journal(engine, folder, started) if comm.rank == 0 else None
+    watchdog = Watchdog(comm, job.round_timeout)
+    if isinstance(comm, Mpi):
+        comm.waiting = watchdog.waiting
+    watchdog.start()
+    finished = engine.run()
+    watchdog.stop()
+    if journal is not None:
+        journal.close(finished)
+    return COMPLETE if finished else REQUEUE
+
+
+def _folder(federation: Federation, resumed: RunFolder | None) -> RunFolder:
+    """The run folder, made by rank 0 now that nothing else can be wrong with the job."""
+    from mpifed.federation.federation import on_every_rank
+    from mpifed.storage.run_folder import RunFolder, replacing
+
+    job, comm = federation.job, federation.comm
+
+    def make() -> RunFolder | None:
+        if comm.rank != 0:
+            return None
+        if resumed is not None:
+            with replacing(resumed.job) as draft:  # `rounds` and what is not part of the results may have changed
+                draft.write_text(job.to_toml(), encoding="utf-8")
+            return resumed
+        return RunFolder.create(job.out or _new_name(job), job.to_toml())
+
+    made = on_every_rank(comm, make)
+    return RunFolder(comm.broadcast_json(str(made.path.absolute()) if made is not None else None))
+
+
+def _new_name(job: Job) -> str:
+    stem = f"runs/{job.algorithm.name}-{job.data.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}".replace(":", ".")
+    names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+    return next(name for name in names if not Path(name).exists())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
