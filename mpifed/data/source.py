@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -77,8 +77,10 @@ def downloading(root: Path) -> Iterator[None]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with open(root / ".download.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with ExitStack() as stack:
+            if os.access(root, os.W_OK):  # a read-only folder may hold everything already
+                lock = stack.enter_context(open(root / ".download.lock", "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except (OSError, RuntimeError) as error:
         raise BadInput(

@@ -81,4 +81,6 @@ def _cifar(dataset: type[CIFAR10], root: Path, spec: DataSpec, download: bool) -
 
 
 def _damaged(path: Path) -> BadInput:
-    return BadInput(f"data.root: {path} does not have the checksum of the published data set; fetch it again")
+    return BadInput(
+        f"data.root: {path} does not have the checksum of the published data set; remove it and fetch it again"
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -402,3 +404,18 @@ def test_hash_tells_apart_what_joins_to_the_same() -> None:
     ]
     assert len({make().sha256 for make in same}) == len(same)
     assert Partition(lists([0], [1])).sha256 == Partition((np.array([0], dtype=np.int32), np.array([1]))).sha256
+
+
+def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One's own partition by import path, its key checked and filled like any other's: 2,000 - 5 over 3 clients."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    example = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "first_come" in block)
+    (tmp_path / "my_partitions.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    function = resolve(PARTITIONS, "my_partitions:first_come", "data.partition.name")
+    keys = bind(function, {"skip": 5}, "data.partition", given=GIVEN)
+    partition = function(uneven_labels(), 3, rng(), None, **keys)
+    partition.check(2000)
+    assert [len(part) for part in partition.train] == [665] * 3
+    with pytest.raises(BadInput, match="skp"):
+        bind(function, {"skp": 5}, "data.partition", given=GIVEN)
