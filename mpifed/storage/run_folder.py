@@ -144,7 +144,11 @@ class RunFolder:
             file.write(to_json(row) + "\n")
 
     def truncate_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Make `metrics.jsonl` hold exactly these rows: those of the checkpoint that a run resumes from."""
+        """Make `metrics.jsonl` hold exactly these rows: those of the checkpoint that a run resumes from.
+
+        A summary from before is removed first, for the run is not complete any more.
+        """
+        self.summary.unlink(missing_ok=True)
         with replacing(self.metrics) as draft:
             draft.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -60,7 +60,7 @@ def test_a_resumed_run_counts_what_was_before(clock: Clock) -> None:
     shown = Progress(4, stream, start_round=2, earlier_rows=[row(1), row(2, accuracy=0.25)])
     clock.now = 5
     shown.round(row(3))
-    assert stream.getvalue() == "round 3/4  accuracy 25.00 %  up 3.00 MB  down 6.00 MB  5.00 s/round  5 s left\n"
+    assert stream.getvalue() == "round 3/4  accuracy 25.00 %  up 3.00 MB  down 6.00 MB  5.00 s/round  5.0 s left\n"
 
 
 def test_the_bar_shows_the_round_and_keeps_notes() -> None:
@@ -85,7 +85,8 @@ def test_megabytes(count: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.2, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
+    ("seconds", "text"),
+    [(0.23, "0.2 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -147,6 +147,13 @@ def test_the_summary_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert folder.complete
 
 
+def test_a_run_that_goes_on_is_not_complete_any_more(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "x")
+    folder.write_summary({"complete": True})
+    folder.truncate_metrics(ROWS)
+    assert not folder.complete and not folder.summary.exists()
+
+
 def test_a_garbage_summary_does_not_make_a_run_complete(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", "x")
     folder.summary.write_bytes(b"\x89garbage")
