@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-State: TypeAlias = "dict[str, Tensor | State]"
-"""Explicit state of a server or a client: tensors by name, nested by composition (`{"base": ..., "generator": ...}`).
+State: TypeAlias = dict[str, Any]
+"""Explicit state of a server or a client: tensors by name, or states by name (`{"base": ..., "generator": ...}`).
 
 Names hold letters, digits, `_`, `-` and `.`; numbers are 0-d tensors; the empty state is `{}`.
 """
@@ -73,7 +73,7 @@ class Layout:
         }
 
 
-def leaves(state: Mapping[str, Tensor | State], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def leaves(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of a state in order of insertion, each with its path (`base/model`)."""
     for name, value in state.items():
         path = f"{prefix}{name}"
@@ -83,7 +83,7 @@ def leaves(state: Mapping[str, Tensor | State], prefix: str = "") -> Iterator[tu
             yield from leaves(value, path + "/")
 
 
-def map_state(function, state: Mapping[str, Tensor | State]) -> State:  # type: ignore[no-untyped-def]
+def map_state(function: Callable[[Tensor], Tensor], state: Mapping[str, Any]) -> State:
     """The same state with `function(tensor)` in place of every tensor."""
     return {
         name: function(value) if isinstance(value, Tensor) else map_state(function, value)
@@ -91,6 +91,6 @@ def map_state(function, state: Mapping[str, Tensor | State]) -> State:  # type: 
     }
 
 
-def nbytes(state: Mapping[str, Tensor | State]) -> int:
+def nbytes(state: Mapping[str, Any]) -> int:
     """Bytes of all tensors of a state or payload."""
     return sum(tensor.nbytes for _, tensor in leaves(state))
