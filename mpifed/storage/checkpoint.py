@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import h5py
 import torch
@@ -382,7 +383,7 @@ def _checksum_line(text: bytes) -> bytes:
 
 
 @contextmanager
-def _open_plain(path: Path) -> Iterator[BinaryIO]:
+def _open_plain(path: Path) -> Iterator[io.BufferedReader]:
     """A regular file, open for reading bytes; a link is not followed, and nothing that could block is opened."""
     with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
