@@ -188,6 +188,7 @@ def time_figure(runs: Sequence[Run]) -> Figure:
             axes.barh(np.arange(count), spent, left=left, height=0.78, color=colour, label=name)
             left += spent
         axes.set_title(run.name)
+        axes.set_xlim(left=0)
         axes.set_ylim(count - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
