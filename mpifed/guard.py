@@ -1,8 +1,8 @@
 """No hang: an error on any rank ends the whole job at once, with one traceback and a documented exit code.
 
 An exception that leaves one rank would leave the others waiting for ever. So the program runs inside `guarded`, which
-prints what happened and aborts the job; a watchdog thread does the same for a rank that computes too long without coming
-to the next exchange; and, should that thread not get to run, `faulthandler` ends the process from C.
+prints what happened and aborts the job; a watchdog thread does the same for a rank that computes too long without
+coming to the next exchange; and, should that thread not get to run, `faulthandler` ends the process from C.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def guarded(comm: Communicator, main: Callable[[], int]) -> int:
     try:
         return main()
     except MpifedError as error:
-        if comm.rank == 0:
+        if comm.rank == 0 and str(error):
             print(f"mpifed: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except SystemExit as leaving:

@@ -1,4 +1,7 @@
-"""Randomness as a function of (seed, purpose, round, client, ...): nothing to checkpoint, the same on any number of ranks."""
+"""Randomness as a function of (seed, purpose, round, client, ...).
+
+So there is nothing to checkpoint, and it is the same on any number of ranks.
+"""
 
 from __future__ import annotations
 

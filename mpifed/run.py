@@ -9,7 +9,6 @@ import argparse
 import datetime
 import itertools
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,16 +59,16 @@ def _arguments(argv: list[str], comm: Communicator) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the job, who is hosted where, the bytes; and exit"
     )
-    if comm.rank != 0:  # rank 0 says what is wrong with a command line; the others leave with it
-        sys.stderr, stderr = open(os.devnull, "w"), sys.stderr
-        sys.stdout, stdout = open(os.devnull, "w"), sys.stdout
-    try:
-        return parser.parse_args(argv)
-    except SystemExit as leaving:
-        raise _Leave(leaving.code if isinstance(leaving.code, int) else 2) from None
-    finally:
-        if comm.rank != 0:
-            sys.stderr, sys.stdout = stderr, stdout
+    said: dict[str, Any] = {}
+    if comm.rank == 0:
+        try:
+            said = vars(parser.parse_args(argv))
+        except SystemExit as leaving:
+            said = {"leave": leaving.code}
+    said = comm.broadcast_json(said)
+    if "leave" in said:
+        raise _Leave(said["leave"])
+    return argparse.Namespace(**said)
 
 
 class _Leave(MpifedError):

@@ -1,4 +1,4 @@
-"""What a rank makes of a job before round 1: data, partition, roster, environment; and its clients' samples later on."""
+"""What a rank makes of a job before round 1: data, partition, roster, environment; its clients' samples later."""
 
 from __future__ import annotations
 

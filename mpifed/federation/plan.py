@@ -8,7 +8,7 @@ from mpifed.federation.federation import Federation
 
 
 def planned_bytes(federation: Federation) -> tuple[dict[str, int], list[str]]:
-    """Logical bytes of the whole run by "direction.kind", if every client answers; and the kinds that cannot be foretold."""
+    """Logical bytes of the whole run by "direction.kind", if every client answers; and the kinds not known before."""
     job, env = federation.job, federation.env
     phases = federation.algorithm.phases(env)
     totals: dict[str, int] = {}

@@ -1,8 +1,8 @@
 """A client's local training: mini-batch SGD or Adam on its own samples, with room for an algorithm's correction.
 
-The whole model is one vector, so a correction (FedProx's proximal term, SCAFFOLD's control variates, FedDyn's linear and
-quadratic terms) is one vector operation on the gradient. It comes before clipping, weight decay and momentum, as a term of
-the loss would.
+The whole model is one vector, so a correction (FedProx's proximal term, SCAFFOLD's control variates, FedDyn's linear
+and quadratic terms) is one vector operation on the gradient. It comes before clipping, weight decay and momentum, as a
+term of the loss would.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def learning_rate(local: Any, round_: int, rounds: int) -> float:
 def batches(ctx: ClientContext, purpose: str = "batches") -> Iterator[tuple[Tensor, Tensor]]:
     """The round's mini-batches: `local.epochs` passes, or `local.steps` batches from as many passes as that takes.
 
-    Each pass is a new permutation. The last batch of a pass may be shorter, but is left out where it would hold a single
-    sample after others: batch normalisation cannot train on one.
+    Each pass is a new permutation. The last batch of a pass may be shorter, but is left out where it would hold a
+    single sample after others: batch normalisation cannot train on one.
     """
     generator = ctx.generator(purpose)
     size, left = ctx.local.batch_size, ctx.local.steps
@@ -79,7 +79,8 @@ def local_training(
 ) -> Trained:
     """Train `ctx.model` (loaded by the caller) on the client's samples, as `ctx.local` says; logs `train_loss`.
 
-    Optimiser state (momentum, Adam's moments) is new every round. Raises FloatingPointError where the loss is not finite.
+    Optimiser state (momentum, Adam's moments) is new every round. Raises FloatingPointError where the loss is not
+    finite.
     """
     model, local = ctx.model, ctx.local
     rate = learning_rate(local, ctx.round, ctx.env.rounds)
