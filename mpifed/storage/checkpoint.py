@@ -343,8 +343,8 @@ class Checkpoints:
             manifest = Manifest.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise _Damaged(f"{MANIFEST}: {place}: {first['msg']}") from error
+            place = ".".join(str(part) for part in first["loc"])[:80]
+            raise _Damaged(f"{MANIFEST} at {place!r}: {first['msg']}") from error
         if manifest.job_sha256 != self.job_sha256:
             raise BadInput(
                 f"{path}: this checkpoint belongs to another job (hash {manifest.job_sha256[:12]}, this job's is "
