@@ -30,6 +30,11 @@ class FedAvg(Algorithm):
     server_lr: Annotated[float, Range(gt=0)] = 1.0
     """Server step size: x <- x + server_lr * mean(y_k - x)."""
 
+    @property
+    def mean(self) -> Mean:
+        """How the clients' uploads are averaged."""
+        return Mean("reply" if self.weighting == "examples" else "uniform")
+
     # --- what crosses the network -------------------------------------------------------------------------------------
     def down(self, env: Env) -> Mapping[str, Field]:
         model = env.model()
@@ -40,10 +45,9 @@ class FedAvg(Algorithm):
 
     def up(self, env: Env) -> Mapping[str, Field]:
         model = env.model()
-        mean = Mean("reply" if self.weighting == "examples" else "uniform")
-        fields = {"update": Field((model.layout.size,), reduce=mean, layout=model.layout)}
+        fields = {"update": Field((model.layout.size,), reduce=self.mean, layout=model.layout)}
         if env.shared_buffers and model.buffer_layout.size:
-            fields["buffers_update"] = Field((model.buffer_layout.size,), reduce=mean, layout=model.buffer_layout)
+            fields["buffers_update"] = Field((model.buffer_layout.size,), reduce=self.mean, layout=model.buffer_layout)
         return fields
 
     # --- server: send -------------------------------------------------------------------------------------------------
