@@ -42,7 +42,7 @@ def tensor_of(dtype: torch.dtype, shape: tuple[int, ...], raw: bytes) -> torch.T
     return flat.view(dtype).view(shape)
 
 
-# --- round trip ----------------------------------------------------------------------------------------------------
+# --- round trip ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (7,), (2, 3, 4)], ids=str)
 def test_every_dtype_and_shape_returns_bit_for_bit(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
