@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from mpifed.algorithms.base import ClientContext
 
@@ -84,7 +86,8 @@ def local_training(
     """
     model, local = ctx.model, ctx.local
     rate = learning_rate(local, ctx.round, ctx.env.rounds)
-    optimizer = _optimizer(model.parameters, local, rate)
+    parameters = model.parameters.detach()
+    optimizer = _Adam(parameters, local, rate) if local.optimizer == "adam" else _Sgd(parameters, local, rate)
     model.train()
     torch.manual_seed(ctx.generator("dropout").initial_seed())
     steps, total = 0, torch.zeros((), dtype=torch.float64, device=ctx.y.device)
@@ -94,10 +97,10 @@ def local_training(
             value = loss(model(x), y)
         value.backward()
         if correction is not None:
-            correction(model.parameters.detach(), model.gradient)
+            correction(parameters, model.gradient)
         if local.clip_norm > 0:
             torch.nn.utils.clip_grad_norm_([model.parameters], local.clip_norm)
-        optimizer.step()
+        optimizer.step(model.gradient)
         total += value.detach()
         steps += 1
     mean = float(total) / max(1, steps)
@@ -130,13 +133,47 @@ def full_gradient(ctx: ClientContext, loss: Loss = F.cross_entropy) -> Tensor:
     return gradient
 
 
-def _optimizer(parameters: Tensor, local: Any, rate: float) -> torch.optim.Optimizer:
-    if local.optimizer == "adam":
-        return torch.optim.Adam([parameters], lr=rate, weight_decay=local.weight_decay)
-    return torch.optim.SGD(
-        [parameters],
-        lr=rate,
-        momentum=local.momentum,
-        nesterov=local.nesterov,
-        weight_decay=local.weight_decay,
-    )
+class _Sgd:
+    """`torch.optim.SGD` on one tensor.
+
+    By its functional form, as Adam below: the first `Optimizer` of a process imports torch's compiler, which costs
+    every rank about as much as importing torch itself.
+    """
+
+    def __init__(self, parameters: Tensor, local: Any, rate: float) -> None:
+        self._parameters = parameters
+        self._options = {
+            "lr": rate,
+            "momentum": local.momentum,
+            "nesterov": local.nesterov,
+            "weight_decay": local.weight_decay,
+            "dampening": 0.0,
+            "maximize": False,
+            "foreach": False,
+        }
+        self._velocity: list[Tensor | None] = [None]
+
+    def step(self, gradient: Tensor) -> None:
+        sgd([self._parameters], [gradient], self._velocity, **self._options)
+
+
+class _Adam:
+    """`torch.optim.Adam` on one tensor, with its default betas and epsilon."""
+
+    def __init__(self, parameters: Tensor, local: Any, rate: float) -> None:
+        self._parameters = parameters
+        self._options = {
+            "lr": rate,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": local.weight_decay,
+            "amsgrad": False,
+            "maximize": False,
+            "foreach": False,
+        }
+        self._moments = [torch.zeros_like(parameters)], [torch.zeros_like(parameters)]
+        self._steps = [torch.zeros(())]
+
+    def step(self, gradient: Tensor) -> None:
+        adam([self._parameters], [gradient], *self._moments, [], self._steps, **self._options)
