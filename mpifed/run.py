@@ -158,6 +158,7 @@ def _train(federation: Federation, resumed: RunFolder | None, resume: bool) -> i
     watchdog.stop()
     if journal is not None:
         journal.close(finished)
+    comm.barrier()  # polled, where the other ranks' MPI_Finalize would burn their cores while rank 0 finishes
     return COMPLETE if finished else REQUEUE
 
 
