@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import subprocess
 import sys
@@ -348,6 +349,21 @@ def test_malicious_files_are_refused(tmp_path: Path, poison: Callable[[h5py.File
     with pytest.raises(CheckpointError) as refused:
         read_state(path, "server")
     assert why in str(refused.value) and str(path) in str(refused.value)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("poison", "target"), [(_virtual, "other.h5"), (_external_storage, "secret")])
+def test_what_a_file_points_at_is_never_opened(
+    tmp_path: Path, poison: Callable[[h5py.File, Path], None], target: str
+) -> None:
+    """The target is a pipe that nobody writes to: opening it would wait for ever."""
+    with h5py.File(tmp_path / "bad.h5", "w", track_order=True) as file:
+        file.create_group("server", track_order=True)
+        poison(file, tmp_path)
+    (tmp_path / target).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / target)
+    with pytest.raises(CheckpointError):
+        read_state(tmp_path / "bad.h5", "server")
 
 
 def test_datasets_that_share_bytes_are_not_read_beyond_the_file(tmp_path: Path) -> None:
