@@ -65,7 +65,20 @@ class Roster:
     @property
     def fixed(self) -> bool:
         """A client is always trained by the same rank."""
-        return self._home is not None or participants(self._participation, self.clients) >= self.clients
+        return self._home is not None or self._everybody
+
+    @property
+    def _everybody(self) -> bool:
+        """Every client takes part in every round."""
+        if self._sampling == "bernoulli":
+            return self._probability >= 1.0
+        return participants(self._participation, self.clients) >= self.clients
+
+    @property
+    def _probability(self) -> float:
+        """With which a client comes where each is drawn by itself."""
+        share = self._participation
+        return share / self.clients if isinstance(share, int) else share
 
     @property
     def hosts(self) -> Sequence[int]:
@@ -74,14 +87,14 @@ class Roster:
 
     def sample(self, round_: int) -> tuple[int, ...]:
         """Ids of the clients of this round, ascending."""
-        count = participants(self._participation, self.clients)
-        if count >= self.clients:
+        if self._everybody:
             return tuple(range(self.clients))
+        count = participants(self._participation, self.clients)
         random = numpy_generator(self._seed, "participation", round_)
         if self._sampling == "bernoulli":  # every client by itself, drawn again while nobody comes
-            chosen = np.flatnonzero(random.random(self.clients) < count / self.clients)
+            chosen = np.flatnonzero(random.random(self.clients) < self._probability)
             while chosen.size == 0:
-                chosen = np.flatnonzero(random.random(self.clients) < count / self.clients)
+                chosen = np.flatnonzero(random.random(self.clients) < self._probability)
         elif self._sampling == "examples":
             share = np.array(self.examples, np.float64) / sum(self.examples)
             chosen = random.choice(self.clients, count, replace=False, p=share)
