@@ -89,5 +89,6 @@ class Context:
 
     def owned(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy of it where it is part of the model's own memory, which the next client overwrites."""
-        memory = {part.untyped_storage().data_ptr() for part in (self.model.parameters, self.model.buffers)}
+        own = (self.model.parameters, self.model.buffers, self.model.gradient)
+        memory = {part.untyped_storage().data_ptr() for part in own}
         return tensor.detach().clone() if tensor.untyped_storage().data_ptr() in memory else tensor.detach()
