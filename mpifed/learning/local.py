@@ -122,11 +122,19 @@ def displacement(local: Any, rate: float, steps: int) -> float:
 
 
 def full_gradient(ctx: ClientContext, loss: Loss = F.cross_entropy) -> Tensor:
-    """The gradient `[d]` of the mean loss over all samples of the client, at `ctx.model`'s parameters; one pass."""
-    model = ctx.model
+    """The gradient `[d]` of the mean loss over all samples of the client, at `ctx.model`'s parameters; one pass.
+
+    In training mode, in batches of `local.batch_size`; a last batch of one sample joins the one before it.
+    """
+    model, size = ctx.model, ctx.local.batch_size
     model.train()
+    torch.manual_seed(ctx.generator("full gradient").initial_seed())
     gradient = torch.zeros_like(model.gradient)
-    for x, y in zip(ctx.x.split(ctx.local.batch_size), ctx.y.split(ctx.local.batch_size), strict=True):
+    starts = list(range(0, ctx.examples, size))
+    if len(starts) > 1 and ctx.examples - starts[-1] == 1:
+        starts.pop()
+    for start, end in zip(starts, [*starts[1:], ctx.examples], strict=True):
+        x, y = ctx.x[start:end], ctx.y[start:end]
         model.zero_gradient()
         loss(model(x), y).backward()
         gradient.add_(model.gradient, alpha=len(y) / ctx.examples)
