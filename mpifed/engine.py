@@ -327,7 +327,8 @@ class Engine:
             "absent": absent,
             "sent": sent,
             "received": received,
-            "seconds": self._clock.take(),
+            # of one width, so that the ledger of mpifed's own messages is the same in every run
+            "seconds": {name: f"{seconds:013.6f}" for name, seconds in self._clock.take().items()},
         }
         parts = self.comm.gather_bytes(json.dumps(message).encode())
         _, own_received = self.comm.traffic.take()  # of this message itself
@@ -350,7 +351,7 @@ class Engine:
             if name == "accuracy" and len(values) > 1:
                 row |= {"accuracy_min": min(values), "accuracy_max": max(values)}
         gone = {int(client): why for part in ranks for client, why in part["absent"].items()}
-        seconds = [part["seconds"] for part in ranks]
+        seconds = [{name: float(text) for name, text in part["seconds"].items()} for part in ranks]
         row |= {
             "clients": sampled,
             "replies": replies,
