@@ -1,0 +1,232 @@
+"""One table of all algorithms, over which every test that must hold for each of them runs; and a small federation.
+
+A new algorithm joins by adding a `Row` to `ROWS`. The federation is small enough for seconds and still has what breaks
+things: clients of unequal size, partial participation, and a model with batch normalisation, so that running statistics
+cross the network too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpifed.comm.communicator import Communicator
+from mpifed.comm.inprocess import run_ranks
+from mpifed.engine import Engine
+from mpifed.federation.federation import Federation
+from mpifed.federation.store import ClientStore
+from mpifed.job import Job, load
+from mpifed.storage.checkpoint import Checkpoints
+from mpifed.types import DataSpec, State, leaves
+
+CLIENTS = 5
+PARTICIPANTS = 3
+ROUNDS = 3
+SHAPE = (4,)
+HIDDEN = 3
+CLASSES = 3
+
+
+def model(spec: DataSpec) -> nn.Module:
+    """A hidden layer with batch normalisation.
+
+    Its initial parameters come from a generator of its own: ranks that are threads share torch's global one.
+    """
+    module = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(SHAPE[0], HIDDEN, bias=False),
+        nn.BatchNorm1d(HIDDEN),
+        nn.ReLU(),
+        nn.Linear(HIDDEN, spec.classes),
+    )
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return module
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a closed formula of bytes is made of."""
+
+    participants: int = PARTICIPANTS
+    clients: int = CLIENTS
+    parameters: int = SHAPE[0] * HIDDEN + 2 * HIDDEN + HIDDEN * CLASSES + CLASSES  # linear, batch norm, linear
+    buffers: int = 2 * HIDDEN  # running mean and variance
+    classes: int = CLASSES
+
+
+@dataclass(frozen=True)
+class Row:
+    """One algorithm with hyper-parameters under which each of its terms counts."""
+
+    id: str
+    """Name of the row, in the names of tests."""
+    table: Mapping[str, Any]
+    """`[algorithm]` of the job."""
+    bytes_per_round: Callable[[Sizes, int], Mapping[str, int]]
+    """Closed formula: (sizes, round from 1) -> logical bytes of the round by "direction.kind", all clients together."""
+    stateful: bool = False
+    """Clients keep a state from round to round."""
+    evaluates: str = "server"
+    """Whose model is tested: `server` or `clients`."""
+    local: Mapping[str, Any] = field(default_factory=dict)
+    """`[local]` where the algorithm asks for something else than `LOCAL`."""
+
+
+# --- closed formulas, float32 -----------------------------------------------------------------------------------------
+def model_both_ways(sizes: Sizes, round_: int) -> dict[str, int]:
+    """d parameters and b running statistics down and up, and the 8 bytes of every client's weight."""
+    return model_unweighted(sizes, round_) | {"up.weight": 8 * sizes.participants}
+
+
+def model_unweighted(sizes: Sizes, round_: int) -> dict[str, int]:
+    """The same without weights: clients count equally."""
+    d, b = 4 * sizes.parameters * sizes.participants, 4 * sizes.buffers * sizes.participants
+    return {"down.model": d, "down.buffers": b, "up.update": d, "up.buffers_update": b}
+
+
+def scaffold_naive(sizes: Sizes, round_: int) -> dict[str, int]:
+    """2d down and 2d up."""
+    d = 4 * sizes.parameters * sizes.participants
+    return model_unweighted(sizes, round_) | {"down.control": d, "up.control_update": d}
+
+
+def scaffold_derived(sizes: Sizes, round_: int) -> dict[str, int]:
+    """2d down, d and one float64 up."""
+    d = 4 * sizes.parameters * sizes.participants
+    return model_unweighted(sizes, round_) | {"down.control": d, "up.displacement": 8 * sizes.participants}
+
+
+def nothing(sizes: Sizes, round_: int) -> dict[str, int]:
+    """No exchange."""
+    return {}
+
+
+LOCAL: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.1, "momentum": 0.5}
+STEPS: dict[str, Any] = {"steps": 4, "batch_size": 8, "lr": 0.1, "momentum": 0.5}
+
+ROWS: tuple[Row, ...] = (
+    Row("fedavg", {"name": "fedavg"}, model_both_ways),
+    Row("fedavg-uniform", {"name": "fedavg", "weighting": "uniform", "server_lr": 0.7}, model_unweighted),
+    Row("fedprox", {"name": "fedprox", "mu": 0.5}, model_both_ways),
+    Row("scaffold", {"name": "scaffold"}, scaffold_naive, stateful=True),
+    Row("scaffold-option1", {"name": "scaffold", "option": "I"}, scaffold_naive, stateful=True),
+    Row("scaffold-derived", {"name": "scaffold", "payload": "derived"}, scaffold_derived, stateful=True, local=STEPS),
+    Row("feddyn", {"name": "feddyn", "alpha": 0.1}, model_unweighted, stateful=True),
+    Row("feddyn-adaptive", {"name": "feddyn", "alpha": 0.1, "adaptive": True}, model_unweighted, stateful=True),
+    Row("local", {"name": "local"}, nothing, stateful=True, evaluates="clients"),
+    Row("pooled", {"name": "pooled"}, nothing, stateful=True, evaluates="clients"),
+)
+
+
+# --- a small federation -----------------------------------------------------------------------------------------------
+def job_of(row: Row | Mapping[str, Any], **changes: Any) -> Job:
+    """The job of a row (or of an `[algorithm]` table); `changes` are top-level keys, in place of the ones below."""
+    algorithm, local = (row.table, row.local) if isinstance(row, Row) else (row, {})
+    document: dict[str, Any] = {
+        "rounds": ROUNDS,
+        "clients": CLIENTS,
+        "participation": PARTICIPANTS,
+        "device": "cpu",
+        "algorithm": dict(algorithm),
+        "model": {"name": "tests.algorithm_table:model"},
+        "data": {
+            "name": "synthetic",
+            "samples": 120,
+            "test_samples": 60,
+            "input_shape": list(SHAPE),
+            "classes": CLASSES,
+            "partition": {"name": "dirichlet", "alpha": 0.5, "min_size": 10},
+        },
+        "local": dict(local or LOCAL),
+        "checkpoint": {"every_rounds": 0},
+    } | changes
+    return Job.from_canonical(json.dumps(document))
+
+
+@dataclass
+class Outcome:
+    """What a run leaves, of all its ranks together."""
+
+    server: State
+    clients: dict[int, State]
+    rows: list[dict[str, Any]]
+    ledger: list[list[Any]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of server and clients by its path."""
+        return dict(leaves({"server": self.server, "clients": {str(c): s for c, s in sorted(self.clients.items())}}))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows without what depends on the machine or the number of ranks: seconds, and bytes handed to MPI."""
+        return [
+            {name: value for name, value in row.items() if name not in ("seconds", "bytes")}
+            | {"logical": row["bytes"]["logical"]}
+            for row in self.rows
+        ]
+
+    def logical(self) -> dict[tuple[int, str], int]:
+        """Logical bytes by round and "direction.kind"."""
+        totals: dict[tuple[int, str], int] = {}
+        for round_, _, direction, kind, _, size, *_ in self.ledger:
+            if size:
+                totals[round_, f"{direction}.{kind}"] = totals.get((round_, f"{direction}.{kind}"), 0) + size
+        return totals
+
+
+def run(
+    job: Job,
+    folder: Path,
+    ranks: int = 1,
+    resume: bool = False,
+    prepare: Callable[[Engine], None] = lambda engine: None,
+) -> Outcome:
+    """Train a job on ranks that are threads, its checkpoints in `folder`; `prepare(engine)` is called before round 1."""
+
+    def rank_main(comm: Communicator) -> Engine:
+        engine = engine_of(job, comm, folder, resume)
+        prepare(engine)
+        assert engine.run()
+        return engine
+
+    engines = run_ranks(ranks, rank_main)
+    clients = {client: state for engine in engines for client, state in engine.store.items()}
+    root = engines[0]
+    return Outcome(root.server or {}, clients, root.records.rows, root.records.ledger.rows())
+
+
+def engine_of(job: Job, comm: Communicator, folder: Path, resume: bool = False) -> Engine:
+    """An engine before its first round, or, with `resume`, after the newest checkpoint in `folder`."""
+    checkpoints = Checkpoints(folder / "checkpoints", job.checkpoint.keep, comm, job.resume_sha256)
+    store = ClientStore(job.client_state_mb * 1_000_000, folder / "scratch" / str(comm.rank))
+    engine = Engine(Federation.build(job, comm), checkpoints, store)
+    found = checkpoints.newest() if resume else None
+    assert (found is not None) == resume
+    if found is None:
+        engine.begin()
+    else:
+        engine.restore(found)
+    return engine
+
+
+def with_changes(job: Job, *overrides: str) -> Job:
+    """The same job with `key=value` overrides."""
+    return load(job.to_toml(), overrides)
+
+
+def assert_same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Equal names, shapes, dtypes and bytes."""
+    assert list(one) == list(other)
+    for name, tensor in one.items():
+        twin = other[name]
+        assert (tensor.dtype, tensor.shape) == (twin.dtype, twin.shape), name
+        as_bytes = [value.contiguous().reshape(-1).view(torch.uint8) for value in (tensor, twin)]
+        assert torch.equal(*as_bytes), f"{name} differs"
