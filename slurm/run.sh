@@ -20,7 +20,9 @@ case $(mpirun --version 2>&1) in
 esac
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch by itself
 
-srun --kill-on-bad-exit=1 python -m mpifed.run "$@" &
+# A minute after the first rank has gone, however it went, the rest is ended. --kill-on-bad-exit=1 would be too quick: of
+# ranks that leave with 75, the first would have the others killed, and the step would end with 143.
+srun --kill-on-bad-exit=0 --wait=60 python -m mpifed.run "$@" &
 launcher=$!
 signalled=1
 trap 'signalled=1; kill -USR1 $launcher' USR1 TERM # both ask for a checkpoint; srun passes USR1 on to the ranks
