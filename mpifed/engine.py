@@ -42,13 +42,17 @@ from mpifed.types import Payload, State, map_state
 log = logging.getLogger("mpifed")
 
 
+ACTIVITIES = ("train", "wait", "communicate", "evaluate", "server")
+"""What a rank's seconds of a round are counted for."""
+
+
 @dataclass
 class Records:
     """What rank 0 writes down of a run."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics, a row a round
     ledger: Ledger = field(default_factory=Ledger)
-    rank_times: list[list[Any]] = field(default_factory=list)  # round, rank, train, wait, communicate, evaluate
+    rank_times: list[list[Any]] = field(default_factory=list)  # round, rank, and seconds as in `ACTIVITIES`
     resumed: int = 0
 
     def to_bytes(self) -> dict[str, bytes]:
@@ -366,7 +370,7 @@ class Engine:
             "open": self.algorithm.evaluates == "server" and self._evaluation_due(round_),
         }
         for rank, part in enumerate(seconds):
-            times = [part.get(name, 0.0) for name in ("train", "wait", "communicate", "evaluate")]
+            times = [part.get(name, 0.0) for name in ACTIVITIES]
             self.records.rank_times.append([round_, rank, *times])
         self.records.rows.append(row)
         self._open = row

@@ -51,7 +51,7 @@ STYLE: dict[Any, Any] = {
 }
 WIDE_RANGE = 30
 """Sizes farther apart than this factor are drawn on a logarithmic axis, or as shares."""
-TIMES = {"train": BLUE, "communicate": ORANGE, "evaluate": GREEN, "wait": "#D0D0D0"}
+TIMES = {"train": BLUE, "communicate": ORANGE, "evaluate": GREEN, "server": PURPLE, "wait": "#D0D0D0"}
 
 
 def draw(runs: Sequence[Run], out: Path) -> list[tuple[str, Path]]:

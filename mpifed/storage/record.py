@@ -44,6 +44,7 @@ RANK_TIMES = {
     "wait": "float64",
     "communicate": "float64",
     "evaluate": "float64",
+    "server": "float64",
 }
 GROUPS = ("metrics", "ledger", "partition", "provenance", "rank_times")
 

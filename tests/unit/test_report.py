@@ -57,7 +57,7 @@ def make_run(
     histogram = np.arange(clients * classes).reshape(clients, classes)
     train = [np.arange(count) for count in histogram.sum(1)]
     partition = PartitionRecord(train, histogram, sha256=f"{clients}x{classes}")
-    times = [[t, rank, 0.1, 0.2, 0.1, 0.0] for t in range(1, done + 1) for rank in range(3)]
+    times = [[t, rank, 0.1, 0.2, 0.1, 0.0, 0.0] for t in range(1, done + 1) for rank in range(3)]
     write_record(folder.record, rows, {name: [] for name in LEDGER}, partition, {"ranks": 3}, times)
     folder.write_summary(
         summarise(

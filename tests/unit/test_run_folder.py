@@ -55,7 +55,8 @@ PARTITION = PartitionRecord(
 
 def write_example(path: Path) -> None:
     provenance = software_versions() | {"ranks": 2, "hosts": ["a", "b"], "argv": ["run", "é=1"], "mpi": ""}
-    write_record(path, ROWS, LEDGER.columns(), PARTITION, provenance, [[1, 0, 0.5, 0.1, 0.2, 0.3], [1, 1, 1, 0, 0, 0]])
+    times = [[1, 0, 0.5, 0.1, 0.2, 0.3, 0.4], [1, 1, 1, 0, 0, 0, 0]]
+    write_record(path, ROWS, LEDGER.columns(), PARTITION, provenance, times)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
