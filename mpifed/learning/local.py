@@ -87,20 +87,23 @@ def local_training(
     model, local = ctx.model, ctx.local
     rate = learning_rate(local, ctx.round, ctx.env.rounds)
     parameters = model.parameters.detach()
-    optimizer = _Adam(parameters, local, rate) if local.optimizer == "adam" else _Sgd(parameters, local, rate)
+    parts = list(model.layout.views(parameters).values())
+    optimizer = _Adam(parts, local, rate) if local.optimizer == "adam" else _Sgd(parts, local, rate)
     model.train()
     torch.manual_seed(ctx.generator("dropout").initial_seed())
     steps, total = 0, torch.zeros((), dtype=torch.float64, device=ctx.y.device)
     for x, y in batches(ctx):
-        model.zero_gradient()
+        model.drop_gradient()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=local.precision == "bfloat16"):
             value = loss(model(x), y)
         value.backward()
+        if correction is not None or local.clip_norm > 0:
+            model.gather_gradient()
         if correction is not None:
             correction(parameters, model.gradient)
         if local.clip_norm > 0:
             torch.nn.utils.clip_grad_norm_([model.parameters], local.clip_norm)
-        optimizer.step(model.gradient)
+        optimizer.step(model.gradients())
         total += value.detach()
         steps += 1
     mean = float(total) / max(1, steps)
@@ -142,13 +145,13 @@ def full_gradient(ctx: ClientContext, loss: Loss = F.cross_entropy) -> Tensor:
 
 
 class _Sgd:
-    """`torch.optim.SGD` on one tensor.
+    """`torch.optim.SGD`.
 
     By its functional form, as Adam below: the first `Optimizer` of a process imports torch's compiler, which costs
     every rank about as much as importing torch itself.
     """
 
-    def __init__(self, parameters: Tensor, local: Any, rate: float) -> None:
+    def __init__(self, parameters: list[Tensor], local: Any, rate: float) -> None:
         self._parameters = parameters
         self._options = {
             "lr": rate,
@@ -157,18 +160,18 @@ class _Sgd:
             "weight_decay": local.weight_decay,
             "dampening": 0.0,
             "maximize": False,
-            "foreach": False,
+            "foreach": parameters[0].is_cuda,
         }
-        self._velocity: list[Tensor | None] = [None]
+        self._velocities: list[Tensor | None] = [None] * len(parameters)
 
-    def step(self, gradient: Tensor) -> None:
-        sgd([self._parameters], [gradient], self._velocity, **self._options)
+    def step(self, gradients: list[Tensor]) -> None:
+        sgd(self._parameters, gradients, self._velocities, **self._options)
 
 
 class _Adam:
-    """`torch.optim.Adam` on one tensor, with its default betas and epsilon."""
+    """`torch.optim.Adam` with its default betas and epsilon."""
 
-    def __init__(self, parameters: Tensor, local: Any, rate: float) -> None:
+    def __init__(self, parameters: list[Tensor], local: Any, rate: float) -> None:
         self._parameters = parameters
         self._options = {
             "lr": rate,
@@ -178,10 +181,11 @@ class _Adam:
             "weight_decay": local.weight_decay,
             "amsgrad": False,
             "maximize": False,
-            "foreach": False,
+            "foreach": parameters[0].is_cuda,
         }
-        self._moments = [torch.zeros_like(parameters)], [torch.zeros_like(parameters)]
-        self._steps = [torch.zeros(())]
+        self._means = [torch.zeros_like(part) for part in parameters]
+        self._squares = [torch.zeros_like(part) for part in parameters]
+        self._steps = [torch.zeros(()) for _ in parameters]
 
-    def step(self, gradient: Tensor) -> None:
-        adam([self._parameters], [gradient], *self._moments, [], self._steps, **self._options)
+    def step(self, gradients: list[Tensor]) -> None:
+        adam(self._parameters, gradients, self._means, self._squares, [], self._steps, **self._options)

@@ -29,6 +29,9 @@ class FlatModel:
 
     One step is `zero_gradient()`, forward, `backward()`, optimiser. Not the optimiser's `zero_grad`, which would put
     the gradients of the step after outside of `gradient`; and not `backward(create_graph=True)`, for the same reason.
+    Or, without the two passes over the vector that setting to zero and adding to it cost: `drop_gradient()`, forward,
+    `backward()`, an optimiser over the parts that is given `gradients()`; and `gather_gradient()` before it where
+    `gradient` is needed.
     A parameter that takes no part in the loss has a zero gradient here, not none: weight decay applies to it.
 
     The module is put on its device before it is wrapped. Raises `BadInput` if a parameter or floating-point buffer is
@@ -86,6 +89,22 @@ class FlatModel:
         for parameter, view in self._gradients:
             if parameter.grad is not view:
                 parameter.grad = view
+
+    def drop_gradient(self) -> None:
+        """Forget the gradients: the next `backward()` keeps them where it computes them, and `gradient` is stale."""
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of all parameters, wherever they are, in the order and the shapes of `layout`."""
+        return [view.zero_() if p.grad is None else p.grad for p, view in self._gradients]
+
+    def gather_gradient(self) -> None:
+        """Bring the gradients into `gradient`, of which every `.grad` is a view again."""
+        for (parameter, view), gradient in zip(self._gradients, self.gradients(), strict=True):
+            if gradient is not view:
+                view.copy_(gradient)
+            parameter.grad = view
 
     def __call__(self, x: Tensor) -> Tensor:
         """Inputs `[batch, *input_shape]` on the model's device -> logits `[batch, classes]`."""

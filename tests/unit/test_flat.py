@@ -165,6 +165,35 @@ def test_zero_gradient_takes_back_gradients_that_were_set_to_none() -> None:
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in model.module.parameters())
 
 
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_dropped_gradients_are_the_same_wherever_they_are(factory: str) -> None:
+    model, x, y = FlatModel(FACTORIES[factory]()), *batches()[0]
+    step(model, x, y)
+    wanted = model.gradient.clone()
+    model.gradient.fill_(torch.nan)  # must not be added to
+    model.drop_gradient()
+    functional.cross_entropy(model(x), y).backward()
+    assert torch.equal(flat(model.gradients()), wanted)
+    model.gather_gradient()
+    assert torch.equal(model.gradient, wanted)
+    model.gradient.mul_(2)  # a correction
+    assert torch.equal(flat(model.gradients()), 2 * wanted)
+    step(model, x, y)
+    assert torch.equal(model.gradient, wanted)
+
+
+def test_a_part_without_a_gradient_has_a_zero_one() -> None:
+    """The loss 5 w_1 leaves w_2 out: the gradient is (5, 0), whatever it was before."""
+    module = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)])
+    model = FlatModel(module)
+    model.gradient.fill_(torch.nan)
+    model.drop_gradient()
+    module[0](torch.tensor([[5.0]])).sum().backward()
+    assert [part.item() for part in model.gradients()] == [5.0, 0.0]
+    model.gather_gradient()
+    assert model.gradient.tolist() == [5.0, 0.0]
+
+
 def test_gradients_of_two_losses_add_up_and_can_be_corrected() -> None:
     """With one weight w = 2 and the loss 3w + 4w the gradient is 7; corrected by +1 and stepped at 0.5, w = 2 - 4."""
     module = nn.Linear(1, 1, bias=False)
