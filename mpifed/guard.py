@@ -18,6 +18,7 @@ from mpifed.comm.communicator import Communicator
 from mpifed.errors import UNEXPECTED, MpifedError
 
 _LAST_RESORT = 30.0  # seconds after which faulthandler acts where the watchdog should have
+_TOGETHER = 10.0  # seconds within which the other ranks come to an error that is everybody's
 
 
 def end_job(comm: Communicator, code: int, message: str) -> None:
@@ -29,8 +30,8 @@ def end_job(comm: Communicator, code: int, message: str) -> None:
 
 
 def guarded(comm: Communicator, main: Callable[[], int]) -> int:
-    """`main()`'s exit code. Errors that every rank raises alike (`MpifedError`) are printed by rank 0 and returned; any
-    other exception, on whichever rank, ends the job."""
+    """`main()`'s exit code. A `MpifedError` that every rank raises is printed by rank 0 and returned; one that a rank
+    has for itself (a state that cannot be read there) ends the job, and so does any other exception on any rank."""
 
     def thread_failed(failed: threading.ExceptHookArgs) -> None:
         text = "".join(traceback.format_exception(failed.exc_type, failed.exc_value, failed.exc_traceback))
@@ -40,6 +41,8 @@ def guarded(comm: Communicator, main: Callable[[], int]) -> int:
     try:
         return main()
     except MpifedError as error:
+        if not comm.meet(_TOGETHER):
+            end_job(comm, error.exit_code, f"mpifed: rank {comm.rank}: {error}")
         if comm.rank == 0 and str(error):
             print(f"mpifed: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -130,56 +130,67 @@ def _text(path: Path) -> str:
 # --- training ---------------------------------------------------------------------------------------------------------
 def _train(federation: Federation, resumed: RunFolder | None, resume: bool) -> int:
     from mpifed.engine import Engine, StopSignal
+    from mpifed.federation.federation import on_every_rank
     from mpifed.federation.store import ClientStore
     from mpifed.journal import Journal
     from mpifed.storage.checkpoint import Checkpoints
 
     job, comm = federation.job, federation.comm
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    folder = _folder(federation, resumed)
-    checkpoints = Checkpoints(folder.checkpoints, job.checkpoint.keep, comm, job.resume_sha256)
-    store = ClientStore(job.client_state_mb * 1_000_000, folder.scratch / f"rank_{comm.rank:04d}")
-    stop = StopSignal()
-    stop.install()
-    engine = Engine(federation, checkpoints, store, stop)
-    found = checkpoints.newest() if resume else None
-    if found is None:
-        engine.begin()
-    else:
-        if found.round > job.rounds:
-            raise BadInput(f"rounds: {found.round} rounds of this run are done, but the job says {job.rounds}")
-        engine.restore(found)
-    journal = Journal(engine, folder, started) if comm.rank == 0 else None
     watchdog = Watchdog(comm, job.round_timeout)
     if isinstance(comm, Mpi):
         comm.waiting = watchdog.waiting
     watchdog.start()
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    folder = _folder(federation, resumed)
+    checkpoints = Checkpoints(folder.checkpoints, job.checkpoint.keep, comm, job.resume_sha256)
+    found = checkpoints.newest() if resume else None
+    if found is not None and found.round > job.rounds:
+        raise BadInput(f"rounds: {found.round} rounds of this run are done, but the job says {job.rounds}")
+    on_every_rank(comm, lambda: None if resumed is None else _renew(resumed, job))
+    store = ClientStore(job.client_state_mb * 1_000_000, folder.scratch / f"rank_{comm.rank:04d}")
+    stop = StopSignal()
+    stop.install()
+    engine = Engine(federation, checkpoints, store, stop)
+    if found is None:
+        engine.begin()
+    else:
+        engine.restore(found)
+    journal = Journal(engine, folder, started) if comm.rank == 0 else None
     finished = engine.run()
-    watchdog.stop()
     if journal is not None:
         journal.close(finished)
     comm.barrier()  # polled, where the other ranks' MPI_Finalize would burn their cores while rank 0 finishes
+    watchdog.stop()
     return COMPLETE if finished else REQUEUE
 
 
 def _folder(federation: Federation, resumed: RunFolder | None) -> RunFolder:
-    """The run folder, made by rank 0 now that nothing else can be wrong with the job."""
+    """The run folder: `resumed`, or a new one made by rank 0 now that nothing else can be wrong with the job."""
     from mpifed.federation.federation import on_every_rank
-    from mpifed.storage.run_folder import RunFolder, replacing
+    from mpifed.storage.run_folder import RunFolder
 
     job, comm = federation.job, federation.comm
 
     def make() -> RunFolder | None:
-        if comm.rank != 0:
-            return None
-        if resumed is not None:
-            with replacing(resumed.job) as draft:  # `rounds` and what is not part of the results may have changed
-                draft.write_text(job.to_toml(), encoding="utf-8")
+        if comm.rank != 0 or resumed is not None:
             return resumed
         return RunFolder.create(job.out or _new_name(job), job.to_toml())
 
     made = on_every_rank(comm, make)
     return RunFolder(comm.broadcast_json(str(made.path.absolute()) if made is not None else None))
+
+
+def _renew(resumed: RunFolder, job: Job) -> None:
+    """Write the job of a resumed run anew: `rounds`, and what is not part of the results, may have changed."""
+    from mpifed.storage.run_folder import replacing
+
+    try:
+        with replacing(resumed.job) as draft:
+            draft.write_text(job.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise BadInput(
+            f"--resume: {resumed.job} cannot be written ({error.strerror}); make the run folder writable"
+        ) from error
 
 
 def _new_name(job: Job) -> str:

@@ -74,6 +74,11 @@ class Communicator(ABC):
     def barrier(self) -> None:
         """Return when every rank has come here."""
 
+    @abstractmethod
+    def meet(self, seconds: float) -> bool:
+        """Whether every rank comes here within that time. To be called last: after False nothing but `abort` is left,
+        as another rank waits in a collective that this one will never join."""
+
     def library(self) -> str:
         """What moves the bytes, one line."""
         return "threads of one process"

@@ -80,6 +80,13 @@ class InProcess(Communicator):
     def barrier(self) -> None:
         self._world.barrier.wait()
 
+    def meet(self, seconds: float) -> bool:
+        try:
+            self._world.barrier.wait(seconds)
+        except threading.BrokenBarrierError:
+            return False
+        return True
+
     def abort(self, code: int) -> None:
         os._exit(code)
 

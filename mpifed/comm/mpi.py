@@ -30,6 +30,7 @@ class Mpi(Communicator):
 
         self._mpi = MPI
         self._comm = MPI.COMM_WORLD.Dup()
+        self._meeting = MPI.COMM_WORLD.Dup()  # a collective here is never taken for one of `_comm`'s
         super().__init__(self._comm.rank, self._comm.size)
         self.waiting: Callable[[bool], None] = lambda begins: None
         """Called with True when this rank begins to wait for others and with False when it goes on."""
@@ -69,6 +70,16 @@ class Mpi(Communicator):
 
     def barrier(self) -> None:
         self._finish(self._comm.Ibarrier())
+
+    def meet(self, seconds: float) -> bool:
+        self.waiting(True)
+        request = self._meeting.Ibarrier()
+        deadline = time.monotonic() + seconds
+        while not request.Test():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(LONGEST_SLEEP)
+        return True
 
     def abort(self, code: int) -> None:
         self._comm.Abort(code)
