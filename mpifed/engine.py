@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from mpifed.federation.env import Context
 from mpifed.federation.federation import Federation
 from mpifed.federation.roster import Assignment
 from mpifed.federation.store import ClientStore
+from mpifed.guard import StopSignal
 from mpifed.job import load
 from mpifed.learning.evaluate import evaluate
 from mpifed.storage.checkpoint import Checkpoints, Found
@@ -95,20 +95,6 @@ class Clock:
     def take(self) -> dict[str, float]:
         taken, self._seconds = self._seconds, {}
         return taken
-
-
-class StopSignal:
-    """USR1 and TERM ask for a checkpoint and an end at the next round's boundary; they only set a flag."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def install(self) -> None:
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
 
 
 class Engine:

@@ -8,6 +8,7 @@ coming to the next exchange; and, should that thread not get to run, `faulthandl
 from __future__ import annotations
 
 import faulthandler
+import signal
 import sys
 import threading
 import time
@@ -98,3 +99,17 @@ class Watchdog:
                 )
                 faulthandler.dump_traceback(all_threads=True)
                 end_job(self._comm, UNEXPECTED, f"mpifed: rank {self._comm.rank} hangs, the job ends")
+
+
+class StopSignal:
+    """USR1 and TERM ask for a checkpoint and an end at the next round's boundary; they only set a flag."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def install(self) -> None:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True

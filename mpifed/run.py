@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mpifed.comm.communicator import Communicator
 from mpifed.comm.mpi import Mpi, world
 from mpifed.errors import COMPLETE, REQUEUE, BadInput, MpifedError
-from mpifed.guard import Watchdog, guarded
+from mpifed.guard import StopSignal, Watchdog, guarded
 
 if TYPE_CHECKING:
     from mpifed.federation.federation import Federation
@@ -32,10 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MpifedError as error:
         print(f"mpifed: {error}", file=sys.stderr)
         return error.exit_code
-    return guarded(comm, lambda: _main(list(sys.argv[1:] if argv is None else argv), comm))
+    stop = StopSignal()
+    stop.install()  # before the imports, which take seconds
+    return guarded(comm, lambda: _main(list(sys.argv[1:] if argv is None else argv), comm, stop))
 
 
-def _main(argv: list[str], comm: Communicator) -> int:
+def _main(argv: list[str], comm: Communicator, stop: StopSignal) -> int:
     arguments = _arguments(argv, comm)
     logging.basicConfig(format=f"mpifed [rank {comm.rank}] %(message)s", level=logging.INFO, stream=sys.stderr)
     job, resumed = _job(arguments, comm)
@@ -49,7 +51,7 @@ def _main(argv: list[str], comm: Communicator) -> int:
 
             print(job.to_toml() + describe(federation))
         return COMPLETE
-    return _train(federation, resumed, arguments.resume is not None)
+    return _train(federation, resumed, arguments.resume is not None, stop)
 
 
 def _arguments(argv: list[str], comm: Communicator) -> argparse.Namespace:
@@ -128,8 +130,8 @@ def _text(path: Path) -> str:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
-def _train(federation: Federation, resumed: RunFolder | None, resume: bool) -> int:
-    from mpifed.engine import Engine, StopSignal
+def _train(federation: Federation, resumed: RunFolder | None, resume: bool, stop: StopSignal) -> int:
+    from mpifed.engine import Engine
     from mpifed.federation.federation import on_every_rank
     from mpifed.federation.store import ClientStore
     from mpifed.journal import Journal
@@ -148,8 +150,6 @@ def _train(federation: Federation, resumed: RunFolder | None, resume: bool) -> i
         raise BadInput(f"rounds: {found.round} rounds of this run are done, but the job says {job.rounds}")
     on_every_rank(comm, lambda: None if resumed is None else _renew(resumed, job))
     store = ClientStore(job.client_state_mb * 1_000_000, folder.scratch / f"rank_{comm.rank:04d}")
-    stop = StopSignal()
-    stop.install()
     engine = Engine(federation, checkpoints, store, stop)
     if found is None:
         engine.begin()
