@@ -40,8 +40,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _die_with_parent() -> None:
-    """In the new process: be killed when the test process dies, however it dies."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """In the new process: be ended when the test process dies, however it dies.
+
+    MPICH's ranks die with a killed launcher; Open MPI's may live on, but go when their launcher is asked to end.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM if mpirun()[1] == "openmpi" else signal.SIGKILL)
 
 
 @functools.cache
