@@ -189,7 +189,7 @@ def run(
     resume: bool = False,
     prepare: Callable[[Engine], None] = lambda engine: None,
 ) -> Outcome:
-    """Train a job on ranks that are threads, its checkpoints in `folder`; `prepare(engine)` is called before round 1."""
+    """Train a job on ranks that are threads, checkpoints in `folder`; `prepare(engine)` is called before round 1."""
 
     def rank_main(comm: Communicator) -> Engine:
         engine = engine_of(job, comm, folder, resume)
