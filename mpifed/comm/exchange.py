@@ -116,7 +116,7 @@ def _add(total: Tensor, value: Tensor, factor: float) -> None:
 
     A fused multiply-add, which rounds once, would be used or not depending on where a slice begins.
     """
-    total.add_(value.to(torch.float64).mul_(factor))
+    total.add_(value.to(torch.float64) * factor)  # not in place: a float64 value is the reply itself
 
 
 def _factor(rule: Any, weight: float) -> float:
