@@ -18,6 +18,8 @@ def to_bytes(value: Tensor) -> Tensor:
 
 def from_bytes(data: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """uint8 -> tensor; shares memory with `data` where its alignment allows."""
+    if data.numel() == 0:  # an empty slice may have strides that cannot be viewed
+        return torch.empty(shape, dtype=dtype)
     if data.data_ptr() % dtype.itemsize or data.storage_offset() % dtype.itemsize:
         data = data.clone()
     return data.view(dtype).view(shape)
