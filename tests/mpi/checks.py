@@ -1,6 +1,6 @@
 """What every communicator must do: each check is a function of a communicator that all its ranks call together.
 
-`test_communicator.py` runs every one of them on threads of one process, under an `mpirun` that it starts, and on the
+`test_checks.py` runs every one of them on threads of one process, under an `mpirun` that it starts, and on the
 world of a `mpirun -n 4 python -m pytest --with-mpi`. Data is a function of the rank, so that every rank can work out
 what every other one should have: the expected values are computed next to the collective, without it.
 """
@@ -8,8 +8,9 @@ what every other one should have: the expected values are computed next to the c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,8 @@ def broadcast_bytes(comm: Communicator) -> None:
 
 
 def broadcast_json(comm: Communicator) -> None:
-    for value in (None, [], {"a": [1, 2.5, "naïve"]}, "x" * 2000):
+    values: tuple[Any, ...] = (None, [], {"a": [1, 2.5, "naïve"]}, "x" * 2000)
+    for value in values:
         assert comm.broadcast_json(value if comm.rank == 0 else "ignored") == value
 
 
@@ -286,20 +288,23 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def run_all(checks: str) -> dict[str, bool]:
-    """Every check of a module's `CHECKS` on the world's communicator; `tests.launch.run_ranks` calls it on each rank."""
-    from importlib import import_module
-
+def run_all(modules: list[str]) -> list[str]:
+    """On every rank of the world: every check in the `CHECKS` of these modules; the names of those that passed."""
     from mpifed.comm.mpi import Mpi
 
     comm = Mpi()
-    passed: dict[str, bool] = {}
-    for name, check in import_module(checks).CHECKS.items():
+    passed = []
+    for name, check in every_check(modules).items():
         try:
             check(comm)
         except BaseException as error:
             error.add_note(f"in the check '{name}', on rank {comm.rank} of {comm.size}")
             raise
         comm.barrier()
-        passed[name] = True
+        passed.append(name)
     return passed
+
+
+def every_check(modules: Iterable[str]) -> dict[str, Check]:
+    """The checks of several modules by name."""
+    return {name: check for module in modules for name, check in import_module(module).CHECKS.items()}

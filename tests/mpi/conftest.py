@@ -10,7 +10,7 @@ pytest, where the same checks run under an mpirun of their own; tests that start
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A rank that fails says so and ends the others: they may wait for it, and its next test would meet their last."""
     report = yield
     if report.failed and item.get_closest_marker("mpi") and _on_the_world(item.config):
