@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from mpifed.algorithms.base import Absent, Model, Phase, Reply
+from mpifed.comm.collection import Outgoing, Sizes
 from mpifed.comm.communicator import CONTROL, Communicator
-from mpifed.comm.exchange import Exchange, Outgoing, Sizes
+from mpifed.comm.exchange import Exchange
 from mpifed.comm.inprocess import InProcess
 from mpifed.comm.ledger import Entry, Ledger, unlabel
 from mpifed.errors import BadInput, TooFewReplies

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mpifed.algorithms.base import Each, Field, Mean, Reply, Sum
 from mpifed.codecs import CODECS
-from mpifed.comm import exchange
+from mpifed.comm import collection
+from mpifed.comm.collection import Received
 from mpifed.comm.communicator import Communicator
-from mpifed.comm.exchange import Exchange, Received
+from mpifed.comm.exchange import Exchange
 from mpifed.comm.inprocess import InProcess, run_ranks
 from mpifed.component import resolve
 from mpifed.federation.roster import Roster
@@ -117,15 +118,15 @@ def compare(comm: Communicator, reduction: Literal["ordered", "tree"], codec: st
 @contextmanager
 def slices(comm: Communicator, nbytes: int) -> Iterator[None]:
     """Rank 0 receives an ordered reduction in slices of `nbytes`. The threads of a process share the constant."""
-    usual = exchange.SLICE_BYTES
+    usual = collection.SLICE_BYTES
     comm.barrier()
-    exchange.SLICE_BYTES = nbytes
+    collection.SLICE_BYTES = nbytes
     comm.barrier()
     try:
         yield
     finally:
         comm.barrier()
-        exchange.SLICE_BYTES = usual
+        collection.SLICE_BYTES = usual
 
 
 def ordered(comm: Communicator) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from mpifed.algorithms.base import Each, Field, Mean, Reply, Sum
 from mpifed.codecs.half import Half
 from mpifed.codecs.identity import Identity, from_bytes, to_bytes
-from mpifed.comm import exchange as exchange_module
+from mpifed.comm import collection
+from mpifed.comm.collection import Announcement, Outgoing, Received
 from mpifed.comm.communicator import CONTROL, Communicator
-from mpifed.comm.exchange import Announcement, Exchange, Outgoing, Received
+from mpifed.comm.exchange import Exchange
 from mpifed.comm.inprocess import run_ranks
 from mpifed.federation.roster import Assignment
 from mpifed.types import Payload
@@ -245,13 +246,13 @@ def test_ordered_is_the_same_bit_for_bit(ranks: int, codec: Any) -> None:
 def test_slices_change_nothing(slice_bytes: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row is 40 + 16 + 148 + 44 + 6 + 1 = 255 bytes: slices of 8, 8, 40 and 120 bytes for five replies."""
     expected = results(upload(FUSED, fused_replies(), ranks).uploads)
-    monkeypatch.setattr(exchange_module, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(collection, "SLICE_BYTES", slice_bytes)
     assert_equal(results(upload(FUSED, fused_replies(), ranks).uploads), expected)
 
 
 def test_rank_0_is_never_sent_more_than_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight models of 4,000 bytes, 800 bytes at a time: 8 * 96, since a slice of one reply is a multiple of 8."""
-    monkeypatch.setattr(exchange_module, "SLICE_BYTES", 800)
+    monkeypatch.setattr(collection, "SLICE_BYTES", 800)
     fields = {"f": Field((1000,), reduce=Mean())}
     collected = upload(fields, {client: Reply({"f": noise(client, 1000)}) for client in range(8)}, ranks=3)
     assert collected.largest == 768
