@@ -95,8 +95,9 @@ def world() -> Communicator:
         comm: Communicator = Mpi()
     except (ImportError, RuntimeError) as error:
         if several:
+            reason = " ".join(str(error).split())  # mpi4py's is of several lines
             raise BadInput(
-                f"no MPI library could be loaded ({error}); install one: pip install 'mpifed[mpi]'"
+                f"no MPI library could be loaded ({reason}); install one: pip install 'mpifed[mpi]'"
             ) from None
         print("mpifed: no MPI library found, running on one rank (pip install 'mpifed[mpi]')", file=sys.stderr)
         return InProcess.alone()
