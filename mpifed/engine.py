@@ -147,6 +147,7 @@ class Engine:
     # --- the loop -----------------------------------------------------------------------------------------------------
     def run(self) -> bool:
         """All rounds that are left. False where a signal stopped the run before its end, after a checkpoint."""
+        self.federation.settle()
         self.comm.traffic.take()  # what was said before round 1 belongs to no round
         self._clock.take()
         while self.round < self.job.rounds:

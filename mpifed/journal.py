@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import numpy as np
-
 from mpifed.engine import Engine
 from mpifed.progress import Progress, closing_lines
 from mpifed.storage.record import PartitionRecord, software_versions, write_record
@@ -52,14 +50,8 @@ class Journal:
         self._progress.close()
         federation, records, job = self._federation, self._engine.records, self._federation.job
         rows = [row for row in records.rows if "open" not in row]
-        histogram = np.stack(
-            [
-                np.bincount(federation.source.train_labels[indices], minlength=federation.source.spec.classes)
-                for indices in federation.partition.train
-            ]
-        )
         partition = PartitionRecord(
-            federation.partition.train, histogram, federation.partition.sha256, federation.partition.test
+            federation.partition.train, federation.histogram, federation.partition.sha256, federation.partition.test
         )
         provenance = software_versions() | {
             "mpi_library": federation.comm.library(),

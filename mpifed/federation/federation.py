@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -45,7 +46,8 @@ class Federation:
     job: Job
     comm: Communicator
     algorithm: Algorithm
-    source: Source
+    source: Source | None  # None once this rank has taken its samples
+    histogram: npt.NDArray[np.int64]  # training samples of each client by class, [clients, classes]
     partition: Partition
     roster: Roster
     env: RunEnv
@@ -80,7 +82,9 @@ class Federation:
             sampling=job.sampling,
             stateful=algorithm.stateful or _kept_beside(job, algorithm, env),
         )
-        return cls(job, comm, algorithm, source, partition, roster, env, hosts)
+        classes = source.spec.classes
+        histogram = np.stack([np.bincount(source.train_labels[mine], minlength=classes) for mine in partition.train])
+        return cls(job, comm, algorithm, source, histogram, partition, roster, env, hosts)
 
     @property
     def clients(self) -> int:
@@ -90,20 +94,33 @@ class Federation:
     def mean_examples(self) -> float:
         return sum(self.roster.examples) / self.clients
 
+    def settle(self) -> None:
+        """Take the samples that this rank needs, and let go of the data set where it needs no others.
+
+        That is so where every client stays on its rank. Where clients are dealt anew each round, any rank may train any
+        client: then their samples are taken round by round, from the file or from a copy of the set on each rank.
+        """
+        if self.source is None:
+            return
+        if self.comm.rank == 0 if self.algorithm.evaluates == "server" else self.comm.rank in self.roster.hosts:
+            self.test_set  # noqa: B018  (kept from here on)
+        if self.roster.fixed:
+            for client in self.roster.deal(range(self.clients)).by_rank[self.comm.rank]:
+                self._kept[client] = self.source.take("train", self.partition.train[client])
+            self.source = None
+
     def samples(self, client: int) -> tuple[Tensor, Tensor]:
         """A client's training samples on the device: x float32 `[n, *input_shape]`, standardised, and y int64 `[n]`."""
-        if client in self._kept:
-            stored = self._kept[client]
+        if self.source is None:
+            x, y = self._kept[client]
         else:
-            stored = self.source.take("train", self.partition.train[client])
-            if self.roster.fixed:  # this rank will train it again; otherwise another may
-                self._kept[client] = stored
-        x, y = stored
+            x, y = self.source.take("train", self.partition.train[client])
         return self.env.spec.standardise(x.to(self.env.device)), y.to(self.env.device)
 
     @cached_property
     def test_set(self) -> tuple[Tensor, Tensor]:
         """The whole test set as stored: x `[n, *input_shape]` and y int64 `[n]`."""
+        assert self.source is not None, "this rank tests no model"
         return self.source.take("test", np.arange(len(self.source.test_labels)))
 
     def codec(self, direction: str, name: str) -> Codec:
