@@ -23,8 +23,11 @@ from mpifed.comm.ledger import label
 from mpifed.federation.roster import Assignment
 from mpifed.types import State
 
-SLICE_BYTES = 64 << 20
+SLICE_BYTES = 16 << 20
 """Most bytes that rank 0 receives at a time in an ordered reduction."""
+
+_BLOCK = 1 << 15
+"""Elements of a sum that are worked on at a time, so that they stay in the cache from one reply to the next."""
 
 Sizes = dict[tuple[str, str], dict[int, int]]
 """Logical bytes by (direction, kind) and client."""
@@ -91,8 +94,7 @@ class Received:
 
     def _added(self, name: str, factors: Iterable[float]) -> Tensor:
         total = torch.zeros(self.entries[name][0].numel(), dtype=torch.float64)
-        for value, factor in zip(self.entries[name], factors, strict=True):
-            _add(total, value.reshape(-1), factor)
+        _add(total, self.entries[name], factors)
         return total
 
     def _finished(self, name: str, total: Tensor) -> Tensor:
@@ -106,12 +108,17 @@ class Received:
         return total.to(declared.dtype).view(shape).to(self.device)
 
 
-def _add(total: Tensor, value: Tensor, factor: float) -> None:
-    """`total += factor * value` in float64, rounded twice everywhere.
+def _add(total: Tensor, values: Iterable[Tensor], factors: Iterable[float]) -> None:
+    """`total += factor * value` for one value after another, in float64 and rounded twice everywhere.
 
     A fused multiply-add, which rounds once, would be used or not depending on where a slice begins.
     """
-    total.add_(value.to(torch.float64) * factor)  # not in place: a float64 value is the reply itself
+    pairs = [(value.reshape(-1), factor) for value, factor in zip(values, factors, strict=True)]
+    for start in range(0, total.numel(), _BLOCK):
+        block = total[start : start + _BLOCK]
+        for value, factor in pairs:
+            # not in place: a float64 value is the reply itself
+            block.add_(value[start : start + _BLOCK].to(torch.float64) * factor)
 
 
 def _factor(rule: Any, weight: float) -> float:
@@ -219,10 +226,10 @@ class Collection:
             dtype = self._fields[name].dtype
             first, count = start // dtype.itemsize, (end - begin) // dtype.itemsize
             target = self._received.totals[name][first : first + count]
-            for client in self._known.clients:
-                part = rows[row_of[client], begin:end]
-                part = part.clone() if part.storage_offset() % dtype.itemsize else part
-                _add(target, part.view(dtype), self._factor(name, client))
+            parts = [rows[row_of[client], begin:end] for client in self._known.clients]
+            parts = [part.clone() if part.storage_offset() % dtype.itemsize else part for part in parts]
+            factors = [self._factor(name, client) for client in self._known.clients]
+            _add(target, [part.view(dtype) for part in parts], factors)
 
     def _reduce(self, names: Sequence[str], on_the_wire: torch.dtype) -> None:
         totals = {}
@@ -246,7 +253,7 @@ class Collection:
     def _total(self, name: str, clients: Iterable[int], values: Iterable[Tensor]) -> Tensor:
         total = torch.zeros(self._elements(name), dtype=torch.float64)
         for client, value in zip(clients, values, strict=True):
-            _add(total, value.reshape(-1), self._factor(name, client))
+            _add(total, [value], [self._factor(name, client)])
         return total
 
     def _factor(self, name: str, client: int) -> float:

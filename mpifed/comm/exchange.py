@@ -7,6 +7,7 @@ collected (`mpifed.comm.collection`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -160,7 +161,7 @@ class Exchange:
         for name, declared in fields.items():
             value = reply.upload[name].detach().cpu()
             outgoing.lengths[name] = _unknown_length(declared, value, name)
-            if value.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
+            if value.dtype.is_floating_point and not _finite(value):
                 raise ValueError(f"non-finite {name}")
             data, kept = self._codec("up", name).encode(value, declared.layout, memory.get(name, {}), progress)
             outgoing.data[name] = data
@@ -204,3 +205,8 @@ class Exchange:
         """Bring the announced replies to rank 0; the others get None."""
         collection = Collection(self._comm, self._codec, self._device, phase, fields, outgoing, known, dealt)
         return collection.run(self._reduction)
+
+
+def _finite(value: Tensor) -> bool:
+    """No NaN and no infinity: then the sum is finite too, and ten times faster to look at (unless it overflows)."""
+    return math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
