@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,10 +92,12 @@ def local_training(
     optimizer = _Adam(parts, local, rate) if local.optimizer == "adam" else _Sgd(parts, local, rate)
     model.train()
     torch.manual_seed(ctx.generator("dropout").initial_seed())
+    lower = local.precision == "bfloat16"
+    precision = torch.autocast(ctx.x.device.type, torch.bfloat16) if lower else nullcontext()
     steps, total = 0, torch.zeros((), dtype=torch.float64, device=ctx.y.device)
     for x, y in batches(ctx):
         model.drop_gradient()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=local.precision == "bfloat16"):
+        with precision:
             value = loss(model(x), y)
         value.backward()
         if correction is not None or local.clip_norm > 0:
