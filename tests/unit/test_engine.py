@@ -212,6 +212,8 @@ class Borrower(FedAvg):
     def client(self, state: State, down: Payload, ctx: ClientContext) -> tuple[State, Reply | Absent]:
         self.train({}, down, ctx)
         model = ctx.model
+        model.zero_gradient()
+        torch.nn.functional.cross_entropy(model(ctx.x), ctx.y).backward()
         mine = {"y": model.parameters, "gradient": model.gradient, "statistics": model.buffers}
         part = {"last": model.layout.views(model.parameters.detach())[model.layout.names[0]]}
         if self.copies:
@@ -408,6 +410,8 @@ def test_a_clients_numbers_are_averaged_over_those_that_answered(tmp_path: Path)
         run(job_of(faulty("raise", who=[client], since=1), participation=1.0, rounds=1), tmp_path / str(client))
         for client in range(CLIENTS)
     ]
+    outage = run(job_of(faulty("outage", who=[2], since=1), participation=1.0, rounds=1), tmp_path / "outage")
+    assert outage.rows[0]["train_loss"] == lost[2].rows[0]["train_loss"]
     losses = [5 * good.rows[0]["train_loss"] - 4 * outcome.rows[0]["train_loss"] for outcome in lost]
     assert sum(losses) / 5 == pytest.approx(good.rows[0]["train_loss"], rel=1e-9)
     assert len({round(loss, 9) for loss in losses}) == 5
