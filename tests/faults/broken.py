@@ -1,4 +1,7 @@
-"""Algorithms that go wrong on purpose, for jobs that name them by import path; healthy, each is SCAFFOLD."""
+"""Algorithms that go wrong on purpose, for jobs that name them by import path; healthy, each is SCAFFOLD.
+
+With `HEALTHY=1` in the environment nothing goes wrong: the fault has been repaired, and the run can go on.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,40 @@ import os
 import resource
 import time
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
 
 from mpifed.algorithms.base import Absent, ClientContext, Payload, Reply, State, Uploads
 from mpifed.algorithms.scaffold import Scaffold
 from tests.launch import RANK_VARIABLES
 
+HEALTHY = "MPIFED_TEST_HEALTHY"
+
 
 @dataclass(frozen=True)
 class BadClients(Scaffold):
-    """In round `round` the clients `clients` do as `fault` says; `nan` and `inf` poison one number of the upload."""
+    """In round `round` some clients raise, upload a number that is not finite, sleep for a second, or hang."""
 
-    fault: Literal["raise", "nan", "inf", "sleep", "hang"] = "raise"
     round: int = 2
-    clients: tuple[int, ...] = (1,)
+    raising: tuple[int, ...] = ()
+    nan: tuple[int, ...] = ()
+    inf: tuple[int, ...] = ()
+    sleeping: tuple[int, ...] = ()
+    hanging: tuple[int, ...] = ()
 
     def client(self, state: State, down: Payload, ctx: ClientContext) -> tuple[State, Reply | Absent]:
-        bad = ctx.round == self.round and ctx.id in self.clients
-        if bad and self.fault == "raise":
-            raise ValueError("this client is broken on purpose")
-        if bad and self.fault in ("sleep", "hang"):
-            time.sleep(2.0 if self.fault == "sleep" else 10**6)
+        if ctx.round != self.round or HEALTHY in os.environ:
+            return super().client(state, down, ctx)
+        if ctx.id in self.raising:
+            raise ValueError(f"client {ctx.id} is broken on purpose")
+        if ctx.id in self.sleeping:
+            time.sleep(1.0)
+        if ctx.id in self.hanging:
+            time.sleep(10**6)
         state, reply = super().client(state, down, ctx)
-        if bad and self.fault in ("nan", "inf") and isinstance(reply, Reply):
-            poisoned = torch.zeros(reply.upload["update"].shape).index_fill_(0, torch.tensor(7), float(self.fault))
-            reply = Reply(reply.upload | {"update": reply.upload["update"] + poisoned}, reply.weight)
+        poison = float("nan") if ctx.id in self.nan else float("inf") if ctx.id in self.inf else 0.0
+        if poison != 0.0 and isinstance(reply, Reply):
+            update = reply.upload["update"].clone()
+            update[7] = poison
+            reply = Reply(reply.upload | {"update": update}, reply.weight)
         return state, reply
 
 
@@ -43,14 +53,14 @@ class BadServer(Scaffold):
     round: int = 2
 
     def server(self, server: State, uploads: Uploads, round_: int) -> State:
-        if round_ == self.round:
-            raise ValueError("this server is broken on purpose")
+        if round_ == self.round and HEALTHY not in os.environ:
+            raise ValueError("the server is broken on purpose")
         return super().server(server, uploads, round_)
 
 
 @dataclass(frozen=True)
 class FullDisk(Scaffold):
-    """From round `round` on, no file that rank `rank` writes can grow beyond `bytes`: its disk is full.
+    """From round `round` on, no file that rank `rank` writes can grow beyond `size` bytes: its disk is full.
 
     The system refuses such a write as it refuses one to a full disk (Python ignores SIGXFSZ). The limit comes with the
     first step of that round and not at the start, as MPI's shared memory consists of files as well.
@@ -58,7 +68,7 @@ class FullDisk(Scaffold):
 
     round: int = 2
     rank: int = 0
-    bytes: int = 1_000_000
+    size: int = 1_000_000
 
     def client(self, state: State, down: Payload, ctx: ClientContext) -> tuple[State, Reply | Absent]:
         self._fill(ctx.round)
@@ -70,5 +80,5 @@ class FullDisk(Scaffold):
 
     def _fill(self, round_: int) -> None:
         own = next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
-        if round_ == self.round and own == self.rank:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.bytes, self.bytes))
+        if round_ == self.round and own == self.rank and HEALTHY not in os.environ:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
