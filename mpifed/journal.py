@@ -37,6 +37,8 @@ class Journal:
         idle = len(roster.hosts) - roster.clients
         if idle > 0:
             print(f"mpifed: {idle} of {comm.size} ranks have no client to train; use fewer ranks or more clients")
+        if not self._federation.env.shared_buffers and self._federation.env.model().buffer_layout.size:
+            print('mpifed: model.buffers = "local": the server\'s model is tested with its initial running statistics')
         if self._engine.round:
             print(f"resumed after round {self._engine.round} of {job.rounds}")
         sys.stdout.flush()
