@@ -62,10 +62,13 @@ def test_tree_really_adds_in_another_order(runs: Runs) -> None:
     assert any(distance(runs.reference(name), runs.outcome("tree", 3, name)) > 0 for name in CASES)
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
-def test_without_mpi(row: Row, runs: Runs, tmp_path: Path) -> None:
-    """One rank under mpirun computes what the engine computes in this process, without MPI."""
-    assert differences(run(CASES[row.id], tmp_path), runs.reference(row.id)) == []
+def test_without_mpi(row: Row, ranks: int, runs: Runs, tmp_path: Path) -> None:
+    """Ranks under mpirun leave what ranks that are threads of this process leave, down to the bytes handed to MPI."""
+    without, under = run(CASES[row.id], tmp_path, ranks), runs.outcome("ordered", ranks, row.id)
+    assert differences(without, under) == []
+    assert without.ledger == under.ledger
 
 
 def test_killed_and_resumed_on_fewer_ranks(runs: Runs, tmp_path: Path) -> None:
