@@ -57,9 +57,9 @@ def states_by_round(folder: Path) -> dict[int, dict[str, str]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A complete run: its number of ranks at the end, states by name, metrics rows, ledger and summary."""
+    """A complete run: the ranks of every round, states by name, metrics rows, ledger and summary."""
 
-    ranks: int
+    ranks: list[int]
     states: dict[str, str]
     rows: list[dict[str, Any]]
     ledger: list[tuple[Any, ...]]
@@ -76,8 +76,9 @@ class Outcome:
         rows, record = run.read_metrics(), read_record(run.record)
         assert [row["round"] for row in rows] == list(range(1, summary["rounds"] + 1)), f"{run.metrics}: rounds"
         assert list(record.metrics["accuracy"]) == [row["accuracy"] for row in rows], f"{run.record}: accuracy"
-        columns = [record.ledger[name].tolist() for name in record.ledger]
-        return cls(summary["ranks"], states(found), rows, list(zip(*columns, strict=True)), summary)
+        ledger = list(zip(*(record.ledger[name].tolist() for name in record.ledger), strict=True))
+        ranks = [len({rank for round_, _, _, _, rank, *_ in ledger if round_ == row["round"]}) for row in rows]
+        return cls(ranks, states(found), rows, ledger, summary)
 
     def compared(self, with_mpi: bool) -> dict[str, Any]:
         """What is compared, by name: without times, and `with_mpi` or without what depends on the number of ranks."""
