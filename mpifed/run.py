@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpifed.comm.communicator import Communicator
 from mpifed.comm.mpi import Mpi, world
-from mpifed.errors import COMPLETE, REQUEUE, BadInput, MpifedError
+from mpifed.errors import COMPLETE, REQUEUE, BadInput, CheckpointError, MpifedError
 from mpifed.guard import StopSignal, Watchdog, guarded
 
 if TYPE_CHECKING:
@@ -146,6 +146,11 @@ def _train(federation: Federation, resumed: RunFolder | None, resume: bool, stop
     folder = _folder(federation, resumed)
     checkpoints = Checkpoints(folder.checkpoints, job.checkpoint.keep, comm, job.resume_sha256)
     found = checkpoints.newest() if resume else None
+    if found is None and checkpoints.skipped:
+        raise CheckpointError(
+            f"--resume: none of the {len(checkpoints.skipped)} checkpoints in {folder.checkpoints} can be used "
+            "(the lines above say why); start a new run with out=..."
+        )
     if found is not None and found.round > job.rounds:
         raise BadInput(f"rounds: {found.round} rounds of this run are done, but the job says {job.rounds}")
     on_every_rank(comm, lambda: None if resumed is None else _renew(resumed, job))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kills import JOB, Sweep
-from mpifed.errors import BAD_INPUT
+from mpifed.errors import BAD_INPUT, CHECKPOINT
 from tests.faults.outcome import Outcome, differences
 from tests.launch import Finished, run_module
 
@@ -44,6 +44,16 @@ def test_a_torn_checkpoint_costs_a_round(broken_runs: Sweep, complete: Path) -> 
     assert "resumed after round 4 of 5" in finished.stdout
     assert differences(broken_runs.expected, Outcome.read(complete)) == []
     assert (complete / "checkpoints/round_000005.1").is_dir(), "never over an old name"
+
+
+def test_a_run_without_a_usable_checkpoint_does_not_start_from_nothing(complete: Path) -> None:
+    for manifest in complete.glob("checkpoints/*/manifest.json"):
+        manifest.write_bytes(b"{}")
+    before = contents(complete)
+    finished = resume(complete, check=False)
+    assert finished.returncode == CHECKPOINT, finished
+    assert "none of the 5 checkpoints" in finished.stderr and "Traceback" not in finished.stderr, finished
+    assert contents(complete) == before
 
 
 def test_more_rounds_are_the_longer_run(broken_runs: Sweep, tmp_path: Path) -> None:
