@@ -18,6 +18,7 @@ from mpifed.comm.communicator import Communicator
 from mpifed.comm.mpi import Mpi, world
 from mpifed.errors import COMPLETE, REQUEUE, BadInput, CheckpointError, MpifedError
 from mpifed.guard import StopSignal, Watchdog, guarded
+from mpifed.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from mpifed.federation.federation import Federation
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a job on this rank; the exit code."""
+    keep_freed_memory()
     try:
         comm = world()
     except MpifedError as error:
