@@ -129,9 +129,12 @@ class Sweep:
                 while running.running() and not RunFolder(folder).job.exists():
                     time.sleep(0.005)
                 made = time.monotonic()
+                while running.running() and not RunFolder(folder).summary.exists():
+                    time.sleep(0.005)
+                written = time.monotonic()
                 assert_that((finished := running.wait(RUN_S)).returncode == 0, str(finished))
             if ranks == self.ranks:
-                self.starting_s, self.training_s = made - started, time.monotonic() - made
+                self.starting_s, self.training_s = made - started, written - made
             outcomes[ranks] = Outcome.read(folder)
         self.expected = outcomes[self.ranks]
         self.by_round = states_by_round(self.folder / f"undisturbed_{self.ranks}")
@@ -389,7 +392,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="mpifed-kills-"))
     sweep = Sweep(folder, arguments.ranks, arguments.seed)
     sweep.prepare()
-    print(f"undisturbed: {sweep.starting_s:.1f} s to the run folder, {sweep.training_s:.1f} s from there to the end")
+    print(
+        f"undisturbed: {sweep.starting_s:.1f} s to the run folder, {sweep.training_s:.1f} s from there to its summary"
+    )
     for name, run in cases(sweep, arguments.sample, random):
         if name.startswith(arguments.case):
             run()

@@ -83,11 +83,11 @@ class Outcome:
     def compared(self, with_mpi: bool) -> dict[str, Any]:
         """What is compared, by name: without times, and `with_mpi` or without what depends on the number of ranks."""
         rows = [{name: value for name, value in row.items() if name != TIMES} for row in self.rows]
-        summary = {name: value for name, value in self.summary.items() if name not in (TIMES, "resumed")}
+        of_the_last_start = (TIMES, "resumed", "ranks")
+        summary = {name: value for name, value in self.summary.items() if name not in of_the_last_start}
         ledger: Any = sorted(self.ledger)
         if not with_mpi:
             rows = [row | {"bytes": row["bytes"]["logical"]} for row in rows]
-            summary = {name: value for name, value in summary.items() if name != "ranks"}
             summary["bytes"] = summary["bytes"]["logical"]
             totals: dict[tuple[Any, ...], int] = {}
             for entry in self.ledger:
