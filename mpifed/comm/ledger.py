@@ -6,8 +6,10 @@ lengths of the buffers that a rank handed to MPI, to be sent or to be filled.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 WEIGHT = "weight"
@@ -28,15 +30,23 @@ class Entry:
     mpi_received: int
 
 
+_NAMES = tuple(Entry.__dataclass_fields__)
+_VALUES = attrgetter(*_NAMES)
+
+
 class Ledger:
-    """The entries of a run, at rank 0."""
+    """The entries of a run, at rank 0, by ascending round."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.entries = list(entries)
 
     def totals(self, round_: int | None = None) -> dict[str, dict[str, int]]:
         """`{"logical": {"up", "down"}, "mpi": {"sent", "received"}}` of one round, or of all."""
-        chosen = [entry for entry in self.entries if round_ is None or entry.round == round_]
+        chosen = self.entries
+        if round_ is not None:
+            of_round = attrgetter("round")
+            first, end = (find(self.entries, round_, key=of_round) for find in (bisect_left, bisect_right))
+            chosen = self.entries[first:end]
         logical = {way: sum(e.logical for e in chosen if e.direction == way) for way in ("up", "down")}
         mpi = {"sent": sum(e.mpi_sent for e in chosen), "received": sum(e.mpi_received for e in chosen)}
         return {"logical": logical, "mpi": mpi}
@@ -52,7 +62,7 @@ class Ledger:
 
     def rows(self) -> list[list[Any]]:
         """Entries as JSON-able rows."""
-        return [list(astuple(entry)) for entry in self.entries]
+        return [list(_VALUES(entry)) for entry in self.entries]
 
     @classmethod
     def from_rows(cls, rows: Iterable[Iterable[Any]]) -> Ledger:
@@ -61,9 +71,7 @@ class Ledger:
 
     def columns(self) -> dict[str, list[Any]]:
         """Entries column by column, by field name."""
-        names = list(Entry.__dataclass_fields__)
-        records = [asdict(entry) for entry in self.entries]
-        return {name: [record[name] for record in records] for name in names}
+        return {name: [getattr(entry, name) for entry in self.entries] for name in _NAMES}
 
 
 def label(phase: str, direction: str, kind: str) -> str:
