@@ -18,6 +18,8 @@ from tests.launch import Finished, run_module
 
 TRACEBACK = "Traceback (most recent call last)"
 LIMIT_S = 120.0
+KILLED = 9
+"""After an abort MPICH's mpirun may return this, with which it kills the other ranks, instead of the abort's code."""
 
 
 def start(folder: Path, algorithm: str, *overrides: str, ranks: int = 3) -> Finished:
@@ -31,7 +33,7 @@ def resume_repaired(folder: Path) -> Finished:
 
 def test_an_exception_of_the_server_ends_the_job(broken_runs: Sweep, tmp_path: Path) -> None:
     finished = start(tmp_path / "run", "BadServer", "algorithm.round=3")
-    assert finished.returncode == UNEXPECTED, finished
+    assert finished.returncode in (UNEXPECTED, KILLED), finished
     assert finished.stderr.count(TRACEBACK) == 1, finished
     assert "mpifed: an error on rank 0 ends the job" in finished.stderr
     assert "ValueError: the server is broken on purpose" in finished.stderr
@@ -51,7 +53,7 @@ def test_a_hung_rank_is_named_with_its_stacks(broken_runs: Sweep) -> None:
 
 def test_a_hang_of_a_client_shows_where(tmp_path: Path) -> None:
     finished = start(tmp_path / "run", "BadClients", "algorithm.hanging=[3]", "round_timeout=5")
-    assert finished.returncode == UNEXPECTED, finished
+    assert finished.returncode in (UNEXPECTED, KILLED), finished
     assert "came to no exchange for 5 s (round_timeout)" in finished.stderr
     assert "broken.py" in finished.stderr  # the stack
 
@@ -113,6 +115,6 @@ def test_an_error_that_one_rank_has_for_itself_ends_the_job(tmp_path: Path) -> N
     """Rank 2 cannot put away a client's state of 1.2 MB, of which the others learn nothing; they must not wait."""
     full = ("algorithm.rank=2", "algorithm.size=1000000", "client_state_mb=0")
     finished = start(tmp_path / "run", "FullDisk", *full)
-    assert finished.returncode == CHECKPOINT, finished
+    assert finished.returncode in (CHECKPOINT, KILLED), finished
     assert finished.stderr.count("mpifed: rank 2: ") == 1, finished
     assert str(tmp_path / "run/scratch/rank_0002/client_") in finished.stderr
