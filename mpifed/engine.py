@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -366,26 +367,29 @@ class Engine:
     def _add_to_ledger(
         self, round_: int, ranks: list[dict[str, Any]], logical: list[tuple[str, Sizes, Assignment]]
     ) -> None:
-        """Entries of a round, in a fixed order; a client's logical bytes stand at the rank that trains it."""
+        """Entries of a round, in a fixed order; a client's logical bytes stand at the rank that trains it, or would."""
+        said: dict[tuple[str, str, str], list[int]] = {}
+        for phase, sizes, dealt in logical:
+            for (direction, kind), by_client in sizes.items():
+                of_ranks = said.setdefault((phase, direction, kind), [0] * len(ranks))
+                for client, size in by_client.items():
+                    rank = dealt.rank_of[client] if client in dealt.rank_of else self._usual_rank[client]
+                    of_ranks[rank] += size
         for rank, part in enumerate(ranks):
             totals: dict[tuple[str, str, str], list[int]] = {}
             for column, name in ((1, "sent"), (2, "received")):
                 for text, size in part[name].items():
                     totals.setdefault(unlabel(text), [0, 0, 0])[column] += size
-            for phase, sizes, dealt in logical:
-                for (direction, kind), by_client in sizes.items():
-                    here = {client for client in by_client if self._rank_of(client, dealt) == rank}
-                    size = sum(by_client[client] for client in here)
-                    totals.setdefault((phase, direction, kind), [0, 0, 0])[0] += size
+            for key, of_ranks in said.items():
+                totals.setdefault(key, [0, 0, 0])[0] += of_ranks[rank]
             self.records.ledger.entries += [
                 Entry(round_, *key, rank, *totals[key]) for key in sorted(totals) if any(totals[key])
             ]
 
-    def _rank_of(self, client: int, dealt: Assignment) -> int:
-        """The rank that trains a client, or would if the client that is sent something had been asked."""
-        return (
-            dealt.rank_of[client] if client in dealt.rank_of else self.federation.roster.deal([client]).rank_of[client]
-        )
+    @cached_property
+    def _usual_rank(self) -> dict[int, int]:
+        """Client -> the rank that trains it when all are asked."""
+        return self.federation.roster.deal(range(self.federation.clients)).rank_of
 
     def _close_row(self, env: Any) -> None:
         """Evaluate the server's model for the last round's row, if that is still open, and hand the row on."""
