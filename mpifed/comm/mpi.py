@@ -62,8 +62,8 @@ class Mpi(Communicator):
         self._finish(self._comm.Iscatterv(source, [receive, self._mpi.BYTE], root=0))
 
     def _reduce(self, send: Buffer, receive: Buffer | None) -> None:
-        # Open MPI moves a non-blocking reduction on by a few KB a poll: 1 MB/s. So the ranks wait for each other asleep,
-        # and reduce at full speed when all are there.
+        # Open MPI moves a non-blocking reduction on by a few KB a poll, 1 MB/s in all. So the ranks wait for each other
+        # asleep, and reduce at full speed when all are there.
         self.barrier()
         self._comm.Reduce(send, receive, op=self._mpi.SUM, root=0)
 
