@@ -15,65 +15,29 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpifed.algorithms.base import Absent, Model, Phase, Reply
+from mpifed.algorithms.base import Absent, Phase, Reply
 from mpifed.comm.collection import Outgoing, Sizes
 from mpifed.comm.communicator import CONTROL, Communicator
 from mpifed.comm.exchange import Exchange
-from mpifed.comm.inprocess import InProcess
-from mpifed.comm.ledger import Entry, Ledger, unlabel
-from mpifed.errors import BadInput, TooFewReplies
+from mpifed.errors import TooFewReplies
 from mpifed.failpoints import reach
 from mpifed.federation.env import Context
 from mpifed.federation.federation import Federation
 from mpifed.federation.roster import Assignment
 from mpifed.federation.store import ClientStore
 from mpifed.guard import StopSignal
-from mpifed.job import load
 from mpifed.learning.evaluate import evaluate
+from mpifed.records import Records, Report
 from mpifed.storage.checkpoint import Checkpoints, Found
-from mpifed.storage.run_folder import RunFolder
 from mpifed.types import Payload, State, map_state
 
 log = logging.getLogger("mpifed")
-
-
-ACTIVITIES = ("train", "wait", "communicate", "evaluate", "server")
-"""What a rank's seconds of a round are counted for."""
-
-
-@dataclass
-class Records:
-    """What rank 0 writes down of a run."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)  # metrics, a row a round
-    ledger: Ledger = field(default_factory=Ledger)
-    rank_times: list[list[Any]] = field(default_factory=list)  # round, rank, and seconds as in `ACTIVITIES`
-    resumed: int = 0
-
-    def to_bytes(self) -> dict[str, bytes]:
-        """JSON by name, for a checkpoint."""
-        values = {
-            "rows": self.rows,
-            "ledger": self.ledger.rows(),
-            "rank_times": self.rank_times,
-            "resumed": self.resumed,
-        }
-        return {name: json.dumps(value).encode() for name, value in values.items()}
-
-    @classmethod
-    def from_checkpoint(cls, found: Found) -> Records:
-        """The records of a checkpoint, of a run that is resumed once more."""
-        rows, ledger, times, resumed = (
-            json.loads(found.records(name)) for name in ("rows", "ledger", "rank_times", "resumed")
-        )
-        return cls(rows, Ledger.from_rows(ledger), times, resumed + 1)
 
 
 class Clock:
@@ -138,7 +102,7 @@ class Engine:
         self.round = found.round
         if self.comm.rank == 0:
             self.server = self._on_device(found.server())
-            self.records = Records.from_checkpoint(found)
+            self.records = Records.resume(found.records)
             self._open = self.records.rows[-1] if self.records.rows and "open" in self.records.rows[-1] else None
         for client in self.federation.roster.deal(range(self.federation.clients)).by_rank[self.comm.rank]:
             if client in found.clients:
@@ -164,13 +128,13 @@ class Engine:
         sampled = self.federation.roster.sample(round_)
         logged: dict[int, dict[str, float]] = {}
         absent: dict[int, str] = {}
-        logical: list[tuple[str, Sizes, Assignment]] = []
+        exchanged: list[tuple[str, Sizes, Assignment]] = []
         replies = len(sampled)
         for number, phase in enumerate(p for p in self.phases for _ in range(p.repeat)):
             asked = sampled if phase.clients == "round" else range(self.federation.clients)
             dealt = self.federation.roster.deal(asked)
             sizes, answered = self._run_phase(phase, round_, dealt, logged, absent, first=number == 0)
-            logical.append((phase.name, sizes, dealt))
+            exchanged.append((phase.name, sizes, dealt))
             replies = min(replies, answered)
         reach("round.end", round_, self.comm.rank)
 
@@ -178,7 +142,7 @@ class Engine:
         wanted = self.comm.rank == 0 and 0 < seconds <= time.monotonic() - self._last_checkpoint
         with self._clock.time("communicate"):
             stop, timed = self.comm.sum_everywhere(torch.tensor([self._stop.asked, wanted]).double().numpy()) > 0
-        self._record(round_, logged, absent, logical, len(sampled), replies, began)
+        self._record(round_, logged, absent, exchanged, len(sampled), replies, began)
         self.round = round_
         every = self.job.checkpoint.every_rounds
         last = round_ == self.job.rounds
@@ -306,85 +270,34 @@ class Engine:
     def _record(
         self,
         round_: int,
-        logged: Mapping[int, Mapping[str, float]],
-        absent: Mapping[int, str],
-        logical: list[tuple[str, Sizes, Assignment]],
+        logged: dict[int, dict[str, float]],
+        absent: dict[int, str],
+        exchanged: list[tuple[str, Sizes, Assignment]],
         sampled: int,
         replies: int,
         began: float,
     ) -> None:
-        """Bring every rank's numbers of the round to rank 0, which makes the row and the ledger of them."""
-        sent, received = self.comm.traffic.take()
-        message = {
-            "logged": logged,
-            "absent": absent,
-            "sent": sent,
-            "received": received,
-            # of one width, so that the ledger of mpifed's own messages is the same in every run
-            "seconds": {name: f"{seconds:013.6f}" for name, seconds in self._clock.take().items()},
-        }
-        parts = self.comm.gather_bytes(json.dumps(message).encode())
-        _, own_received = self.comm.traffic.take()  # of this message itself
+        """Bring every rank's numbers of the round to rank 0, which writes them down."""
+        own = Report(logged, absent, *self.comm.traffic.take(), self._clock.take())
+        parts = self.comm.gather_bytes(own.to_bytes())
+        _, own_received = self.comm.traffic.take()  # of this message itself, which no rank could count in it
         if parts is None:
             return
-        ranks = [json.loads(part) for part in parts]
-        for rank, part in enumerate(ranks):  # every rank's share of the message, which it could not know before
-            extra = {CONTROL: 8 * self.comm.size + len(parts[rank])}
-            _add(part["sent"], extra)
-            _add(part["received"], own_received if rank == 0 else {CONTROL: 8 * self.comm.size})
-        self._add_to_ledger(round_, ranks, logical)
-
-        total = self.records.ledger.totals(round_)
-        numbers = {int(client): values for part in ranks for client, values in part["logged"].items()}
-        names = dict.fromkeys(name for client in sorted(numbers) for name in numbers[client])
-        row: dict[str, Any] = {"round": round_, "accuracy": None, "loss": None}
-        for name in names:
-            values = [numbers[client][name] for client in sorted(numbers) if name in numbers[client]]
-            row[name] = sum(values) / len(values)
-            if name == "accuracy" and len(values) > 1:
-                row |= {"accuracy_min": min(values), "accuracy_max": max(values)}
-        gone = {int(client): why for part in ranks for client, why in part["absent"].items()}
-        seconds = [{name: float(text) for name, text in part["seconds"].items()} for part in ranks]
-        row |= {
-            "clients": sampled,
-            "replies": replies,
-            "absent": [{"client": client, "reason": gone[client]} for client in sorted(gone)],
-            "bytes": total,
-            "seconds": {
-                "total": time.perf_counter() - began,
-                **{name: max(part.get(name, 0.0) for part in seconds) for name in ("train", "communicate", "evaluate")},
-                "server": seconds[0].get("server", 0.0),
-                "checkpoint": 0.0,
-            },
-            "open": self.algorithm.evaluates == "server" and self._evaluation_due(round_),
-        }
-        for rank, part in enumerate(seconds):
-            times = [part.get(name, 0.0) for name in ACTIVITIES]
-            self.records.rank_times.append([round_, rank, *times])
-        self.records.rows.append(row)
-        self._open = row
-
-    def _add_to_ledger(
-        self, round_: int, ranks: list[dict[str, Any]], logical: list[tuple[str, Sizes, Assignment]]
-    ) -> None:
-        """Entries of a round, in a fixed order; a client's logical bytes stand at the rank that trains it, or would."""
-        said: dict[tuple[str, str, str], list[int]] = {}
-        for phase, sizes, dealt in logical:
-            for (direction, kind), by_client in sizes.items():
-                of_ranks = said.setdefault((phase, direction, kind), [0] * len(ranks))
-                for client, size in by_client.items():
-                    rank = dealt.rank_of[client] if client in dealt.rank_of else self._usual_rank[client]
-                    of_ranks[rank] += size
-        for rank, part in enumerate(ranks):
-            totals: dict[tuple[str, str, str], list[int]] = {}
-            for column, name in ((1, "sent"), (2, "received")):
-                for text, size in part[name].items():
-                    totals.setdefault(unlabel(text), [0, 0, 0])[column] += size
-            for key, of_ranks in said.items():
-                totals.setdefault(key, [0, 0, 0])[0] += of_ranks[rank]
-            self.records.ledger.entries += [
-                Entry(round_, *key, rank, *totals[key]) for key in sorted(totals) if any(totals[key])
-            ]
+        reports = [Report.from_bytes(part) for part in parts]
+        for rank, (part, report) in enumerate(zip(parts, reports, strict=True)):
+            lengths = 8 * self.comm.size
+            _add(report.sent, {CONTROL: lengths + len(part)})
+            _add(report.received, own_received if rank == 0 else {CONTROL: lengths})
+        self._open = self.records.add_round(
+            round_,
+            reports,
+            exchanged,
+            self._usual_rank,
+            sampled,
+            replies,
+            seconds=time.perf_counter() - began,
+            tested_later=self.algorithm.evaluates == "server" and self._evaluation_due(round_),
+        )
 
     @cached_property
     def _usual_rank(self) -> dict[int, int]:
@@ -424,37 +337,6 @@ class Engine:
 
     def _on_host(self, state: State) -> State:
         return map_state(lambda tensor: tensor.detach().cpu(), state)
-
-
-def final_model(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, and a description, of a run's newest checkpoint: the evaluated model, or every client's own.
-
-    Raises BadInput where the run has no checkpoint.
-    """
-    job = load(folder.job.read_text(encoding="utf-8"))
-    comm = InProcess.alone()
-    federation = Federation.build(job, comm)
-    found = Checkpoints(folder.checkpoints, job.checkpoint.keep, comm, job.resume_sha256).newest()
-    if found is None:
-        raise BadInput(f"{folder.path} has no complete checkpoint to export")
-    algorithm, env = federation.algorithm, federation.env
-    about = {
-        "algorithm": job.algorithm.name,
-        "model": job.model.name,
-        "round": str(found.round),
-        "job_sha256": job.sha256,
-    }
-    if algorithm.evaluates == "server":
-        return _named(env.model(), algorithm.predictor(found.server(), env)), about
-    tensors: dict[str, Tensor] = {}
-    for client in sorted(found.clients):
-        parts = _named(env.model(client), algorithm.client_predictor(found.client(client)["state"], env, client))
-        tensors |= {f"client_{client}.{name}": tensor for name, tensor in parts.items()}
-    return tensors, about
-
-
-def _named(model: Model, vectors: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    return model.layout.views(vectors[0]) | model.buffer_layout.views(vectors[1])
 
 
 def _add(totals: dict[str, int], more: Mapping[str, int]) -> None:

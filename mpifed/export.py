@@ -11,7 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpifed.algorithms.base import Model
+from mpifed.comm.inprocess import InProcess
 from mpifed.errors import BadInput
+from mpifed.federation.federation import Federation
+from mpifed.job import load
+from mpifed.storage.checkpoint import Checkpoints
 from mpifed.storage.run_folder import RunFolder, replacing
 
 
@@ -35,6 +40,37 @@ def save_model(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
         raise BadInput(f"--out: cannot write {path} ({error}); choose another file") from None
 
 
+def final_model(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, and a description, of a run's newest checkpoint: the evaluated model, or every client's own.
+
+    Raises BadInput where the run has no checkpoint.
+    """
+    job = load(folder.job.read_text(encoding="utf-8"))
+    comm = InProcess.alone()
+    federation = Federation.build(job, comm)
+    found = Checkpoints(folder.checkpoints, job.checkpoint.keep, comm, job.resume_sha256).newest()
+    if found is None:
+        raise BadInput(f"{folder.path} has no complete checkpoint to export")
+    algorithm, env = federation.algorithm, federation.env
+    about = {
+        "algorithm": job.algorithm.name,
+        "model": job.model.name,
+        "round": str(found.round),
+        "job_sha256": job.sha256,
+    }
+    if algorithm.evaluates == "server":
+        return _named(env.model(), algorithm.predictor(found.server(), env)), about
+    tensors: dict[str, Tensor] = {}
+    for client in sorted(found.clients):
+        parts = _named(env.model(client), algorithm.client_predictor(found.client(client)["state"], env, client))
+        tensors |= {f"client_{client}.{name}": tensor for name, tensor in parts.items()}
+    return tensors, about
+
+
+def _named(model: Model, vectors: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return model.layout.views(vectors[0]) | model.buffer_layout.views(vectors[1])
+
+
 def main(argv: Sequence[str]) -> int:
     """Export the model of the newest complete checkpoint; returns the exit code."""
     parser = argparse.ArgumentParser(prog="mpifed export", description=__doc__)
@@ -43,8 +79,6 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     folder = RunFolder.open(arguments.run)
     out = arguments.out or folder.path / "model.safetensors"
-
-    from mpifed.engine import final_model  # after the arguments are known to be good: this loads MPI
 
     tensors, metadata = final_model(folder)
     save_model(out, tensors, metadata)
