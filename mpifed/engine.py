@@ -35,7 +35,7 @@ from mpifed.guard import StopSignal
 from mpifed.learning.evaluate import evaluate
 from mpifed.records import Records, Report
 from mpifed.storage.checkpoint import Checkpoints, Found
-from mpifed.types import Payload, State, map_state
+from mpifed.types import Payload, State, leaves, map_state
 
 log = logging.getLogger("mpifed")
 
@@ -61,6 +61,10 @@ class Clock:
     def take(self) -> dict[str, float]:
         taken, self._seconds = self._seconds, {}
         return taken
+
+
+class InputChanged(Exception):
+    """An algorithm's client wrote into its download or its state."""
 
 
 class Engine:
@@ -194,6 +198,8 @@ class Engine:
                     else:
                         said[client], memory = answer.reason, kept.get("codec", {})
                     staged[client] = {"state": self._on_host(state)} | ({"codec": memory} if memory else {})
+                except InputChanged:  # which the next client, or the next round, is given
+                    raise
                 except Exception as error:  # a bad client costs its own reply
                     said[client] = f"{type(error).__name__}: {error}"
                     where = f"client {client} on rank {rank} in round {round_}, phase {phase.name}"
@@ -229,7 +235,12 @@ class Engine:
         state = kept["state"] if "state" in kept else self.algorithm.client_init(federation.env, client)
         samples = federation.samples(client)
         ctx = Context(federation.env, client, round_, phase.name, samples, federation.mean_examples, self.job.local)
-        state, answer = phase.client(self._on_device(state), down, ctx)
+        given = [*down.items(), *leaves(state := self._on_device(state))]
+        versions = [tensor._version for _, tensor in given]
+        state, answer = phase.client(state, down, ctx)
+        changed = [name for (name, tensor), version in zip(given, versions, strict=True) if tensor._version != version]
+        if changed:
+            raise InputChanged(f"client {client} changed '{changed[0]}' in place; make a new tensor of it")
         if state and not federation.roster.fixed:
             raise TypeError(f"{type(self.algorithm).__name__} keeps client states, but does not say `stateful = True`")
         state = map_state(ctx.owned, state)

@@ -45,7 +45,7 @@ def final_model(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises BadInput where the run has no checkpoint.
     """
-    job = load(folder.job.read_text(encoding="utf-8"))
+    job = load(folder.job.read_text(encoding="utf-8"), ["device=cpu"], str(folder.job))
     comm = InProcess.alone()
     federation = Federation.build(job, comm)
     found = Checkpoints(folder.checkpoints, job.checkpoint.keep, comm, job.resume_sha256).newest()

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from mpifed.comm.communicator import Communicator
 from mpifed.errors import UNEXPECTED, MpifedError
+from mpifed.output import say
 
 _LAST_RESORT = 30.0  # seconds after which faulthandler acts where the watchdog should have
 _TOGETHER = 10.0  # seconds within which the other ranks come to an error that is everybody's
@@ -24,8 +25,8 @@ _TOGETHER = 10.0  # seconds within which the other ranks come to an error that i
 
 def end_job(comm: Communicator, code: int, message: str) -> None:
     """Print, wait until it is out, and end every rank."""
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    say(message + "\n", sys.stderr)
+    say("", sys.stdout)
     time.sleep(0.2)  # an abort can be faster than the pipe that carries the message
     comm.abort(code)
 
@@ -45,14 +46,9 @@ def guarded(comm: Communicator, main: Callable[[], int]) -> int:
         if not comm.meet(_TOGETHER):
             end_job(comm, error.exit_code, f"mpifed: rank {comm.rank}: {error}")
         if comm.rank == 0 and str(error):
-            print(f"mpifed: {error}", file=sys.stderr, flush=True)
+            say(f"mpifed: {error}\n", sys.stderr)
         return error.exit_code
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else UNEXPECTED
-        if code:
-            end_job(comm, code, f"mpifed: rank {comm.rank} left with exit code {leaving.code}")
-        return code
-    except BaseException:
+    except BaseException:  # SystemExit too: a rank that leaves by itself would leave the others waiting
         end_job(comm, UNEXPECTED, f"mpifed: an error on rank {comm.rank} ends the job\n{traceback.format_exc()}")
         return UNEXPECTED
 
@@ -91,11 +87,10 @@ class Watchdog:
             time.sleep(min(0.5, self._limit / 4))
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
-                print(
-                    f"mpifed: rank {self._comm.rank} came to no exchange for {self._limit:g} s (round_timeout); "
-                    "its stacks:",
-                    file=sys.stderr,
-                    flush=True,
+                rank, limit = self._comm.rank, self._limit
+                say(
+                    f"mpifed: rank {rank} came to no exchange for {limit:g} s (round_timeout); its stacks:\n",
+                    sys.stderr,
                 )
                 faulthandler.dump_traceback(all_threads=True)
                 end_job(self._comm, UNEXPECTED, f"mpifed: rank {self._comm.rank} hangs, the job ends")

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from mpifed.engine import Engine
+from mpifed.output import say
 from mpifed.progress import Progress, closing_lines
 from mpifed.storage.record import PartitionRecord, software_versions, write_record
 from mpifed.storage.run_folder import RunFolder
@@ -29,19 +30,21 @@ class Journal:
     def _print_heading(self) -> None:
         job, comm, roster = self._federation.job, self._federation.comm, self._federation.roster
         nodes = len(set(self._federation.hosts))
-        print(
+        lines = [
             f"{job.algorithm.name} on {job.data.name}: {roster.clients} clients, "
             f"{comm.size} rank{'s' * (comm.size > 1)} on {nodes} node{'s' * (nodes > 1)}, {job.rounds} rounds, "
             f"{job.model.name} with {self._federation.env.model().layout.size:,} parameters"
-        )
+        ]
         idle = len(roster.hosts) - roster.clients
         if idle > 0:
-            print(f"mpifed: {idle} of {comm.size} ranks have no client to train; use fewer ranks or more clients")
+            lines.append(
+                f"mpifed: {idle} of {comm.size} ranks have no client to train; use fewer ranks or more clients"
+            )
         if not self._federation.env.shared_buffers and self._federation.env.model().buffer_layout.size:
-            print('mpifed: model.buffers = "local": the server\'s model is tested with its initial running statistics')
+            lines.append('mpifed: model.buffers = "local": the model is tested with its initial running statistics')
         if self._engine.round:
-            print(f"resumed after round {self._engine.round} of {job.rounds}")
-        sys.stdout.flush()
+            lines.append(f"resumed after round {self._engine.round} of {job.rounds}")
+        say("\n".join(lines) + "\n", sys.stdout)
 
     def _row_done(self, row: dict[str, Any]) -> None:
         self._folder.append_metrics(row)
@@ -83,4 +86,4 @@ class Journal:
             complete=finished,
         )
         self._folder.write_summary(summary)
-        print(closing_lines(summary, self._folder.path), flush=True)
+        say(closing_lines(summary, self._folder.path) + "\n", sys.stdout)

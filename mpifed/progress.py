@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from mpifed.output import say
 from mpifed.storage.summary import number, total
 
 LINE_SECONDS = 2.0
@@ -96,13 +97,13 @@ class Progress:
         now = time.monotonic()
         if self._printed is None or done >= self._rounds or now - self._printed >= LINE_SECONDS:
             self._printed = now
-            print(f"round {done:{len(str(self._rounds))}d}/{self._rounds}  {text}", file=self._stream, flush=True)
+            say(f"round {done:{len(str(self._rounds))}d}/{self._rounds}  {text}\n", self._stream)
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         if self._bar is not None:
             self._bar.clear()
-        print(text, file=self._stream, flush=True)
+        say(f"{text}\n", self._stream)
         if self._bar is not None:
             self._bar.refresh()
 

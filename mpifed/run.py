@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpifed.comm.communicator import Communicator
-from mpifed.comm.mpi import Mpi, world
+from mpifed.comm.mpi import world
 from mpifed.errors import COMPLETE, REQUEUE, BadInput, CheckpointError, MpifedError
 from mpifed.guard import StopSignal, Watchdog, guarded
 from mpifed.memory import keep_freed_memory
+from mpifed.output import say
 
 if TYPE_CHECKING:
     from mpifed.federation.federation import Federation
@@ -51,7 +52,7 @@ def _main(argv: list[str], comm: Communicator, stop: StopSignal) -> int:
         if comm.rank == 0:
             from mpifed.federation.plan import describe
 
-            print(job.to_toml() + describe(federation))
+            say(job.to_toml() + describe(federation) + "\n", sys.stdout)
         return COMPLETE
     return _train(federation, resumed, arguments.resume is not None, stop)
 
@@ -66,7 +67,7 @@ def _arguments(argv: list[str], comm: Communicator) -> argparse.Namespace:
     said: dict[str, Any] = {}
     if comm.rank == 0:
         try:
-            said = vars(parser.parse_args(argv))
+            said = vars(parser.parse_intermixed_args(argv))
         except SystemExit as leaving:
             said = {"leave": leaving.code}
     said = comm.broadcast_json(said)
@@ -106,21 +107,30 @@ def _read_job(arguments: argparse.Namespace) -> tuple[Job, RunFolder | None]:
     from mpifed.job import check_resume, load
     from mpifed.storage.run_folder import RunFolder
 
-    files = [word for word in arguments.job if "=" not in word]
-    overrides = [word for word in arguments.job if "=" in word]
-    if arguments.resume:
+    files = [word for word in arguments.job if _is_file(word)]
+    overrides = [word for word in arguments.job if not _is_file(word)]
+    if arguments.resume is not None:
+        if not arguments.resume:
+            raise BadInput("--resume: names no folder; give the folder of a run")
         if files:
             raise BadInput(f"--resume: the job is the one in {arguments.resume}; leave out {files[0]}")
         folder = RunFolder.open(arguments.resume)
         text = _text(folder.job)
         old, job = load(text, [], str(folder.job)), load(text, overrides, str(folder.job))
         check_resume(old, job)
+        if job.out != old.out:
+            raise BadInput("out: a resumed run stays in its folder; leave it out")
         return job, folder
     if len(files) > 1:
         raise BadInput(f"one job file at a time, not {' and '.join(files)}")
     if not files:
         return load(None, overrides, "the default job"), None
     return load(_text(Path(files[0])), overrides, files[0]), None
+
+
+def _is_file(word: str) -> bool:
+    """A job file, though its path may hold a `=` as overrides do."""
+    return "=" not in word or (word.endswith(".toml") and Path(word).is_file())
 
 
 def _text(path: Path) -> str:
@@ -141,8 +151,7 @@ def _train(federation: Federation, resumed: RunFolder | None, resume: bool, stop
 
     job, comm = federation.job, federation.comm
     watchdog = Watchdog(comm, job.round_timeout)
-    if isinstance(comm, Mpi):
-        comm.waiting = watchdog.waiting
+    comm.waiting = watchdog.waiting
     watchdog.start()
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     folder = _folder(federation, resumed)
@@ -155,6 +164,8 @@ def _train(federation: Federation, resumed: RunFolder | None, resume: bool, stop
         )
     if found is not None and found.round > job.rounds:
         raise BadInput(f"rounds: {found.round} rounds of this run are done, but the job says {job.rounds}")
+    if resume and found is None and comm.rank == 0:
+        say(f"mpifed: {folder.path} has no checkpoint yet; the run starts again at round 1\n", sys.stderr)
     on_every_rank(comm, lambda: None if resumed is None else _renew(resumed, job))
     store = ClientStore(job.client_state_mb * 1_000_000, folder.scratch / f"rank_{comm.rank:04d}")
     engine = Engine(federation, checkpoints, store, stop)
@@ -166,6 +177,7 @@ def _train(federation: Federation, resumed: RunFolder | None, resume: bool, stop
     finished = engine.run()
     if journal is not None:
         journal.close(finished)
+    store.close()
     comm.barrier()  # polled, where the other ranks' MPI_Finalize would burn their cores while rank 0 finishes
     watchdog.stop()
     return COMPLETE if finished else REQUEUE
@@ -179,9 +191,12 @@ def _folder(federation: Federation, resumed: RunFolder | None) -> RunFolder:
     job, comm = federation.job, federation.comm
 
     def make() -> RunFolder | None:
-        if comm.rank != 0 or resumed is not None:
-            return resumed
-        return RunFolder.create(job.out or _new_name(job), job.to_toml())
+        if comm.rank != 0:
+            return None
+        path = Path(job.out).expanduser() if job.out else Path(_new_name(job))
+        folder = resumed or RunFolder.create(path, job.to_toml())
+        folder.occupy()
+        return folder
 
     made = on_every_rank(comm, make)
     return RunFolder(comm.broadcast_json(str(made.path.absolute()) if made is not None else None))

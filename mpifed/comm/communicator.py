@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,8 @@ class Communicator(ABC):
         self.rank = rank
         self.size = size
         self.traffic = Traffic()
-        self.seconds_waiting = 0.0
+        self.waiting: Callable[[bool], None] = lambda begins: None
+        """Called with True when this rank begins to wait for others, and with False when it goes on."""
 
     # --- what an implementation provides; each call moves at most `chunk_bytes` ---------------------------------------
     @abstractmethod

@@ -35,9 +35,11 @@ class InProcess(Communicator):
     def _exchange(self, mine: Buffer | None, act: Callable[[list[Buffer | None]], None]) -> None:
         """Show `mine` to everybody, act on what all have shown, and go on when all have acted."""
         self._world.slots[self.rank] = mine
+        self.waiting(True)
         self._world.barrier.wait()
         act(self._world.slots)
         self._world.barrier.wait()
+        self.waiting(False)
 
     def _broadcast(self, buffer: Buffer) -> None:
         def act(slots: list[Buffer | None]) -> None:

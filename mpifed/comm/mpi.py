@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mpifed.comm.communicator import Buffer, Communicator
@@ -32,23 +32,19 @@ class Mpi(Communicator):
         self._comm = MPI.COMM_WORLD.Dup()
         self._meeting = MPI.COMM_WORLD.Dup()  # a collective here is never taken for one of `_comm`'s
         super().__init__(self._comm.rank, self._comm.size)
-        self.waiting: Callable[[bool], None] = lambda begins: None
-        """Called with True when this rank begins to wait for others and with False when it goes on."""
 
     def library(self) -> str:
         """The MPI library's own name and version, one line."""
         return self._mpi.Get_library_version().strip("\x00 \n").splitlines()[0].strip()
 
     def _finish(self, request: Any) -> None:
-        if request.Test():
-            return
-        self.waiting(True)
-        started = time.perf_counter()
-        while not request.Test():
-            waited = time.perf_counter() - started
-            time.sleep(min(max(SHORTEST_SLEEP, waited / 20), LONGEST_SLEEP))
-        self.seconds_waiting += time.perf_counter() - started
-        self.waiting(False)
+        if not request.Test():
+            self.waiting(True)
+            started = time.perf_counter()
+            while not request.Test():
+                waited = time.perf_counter() - started
+                time.sleep(min(max(SHORTEST_SLEEP, waited / 20), LONGEST_SLEEP))
+        self.waiting(False)  # also where there was nothing to wait for: this rank has come to an exchange
 
     def _broadcast(self, buffer: Buffer) -> None:
         self._finish(self._comm.Ibcast([buffer, self._mpi.BYTE], root=0))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpifed.algorithms.base import Env, Model
+from mpifed.errors import BadInput
 from mpifed.job import Job
 from mpifed.models import build
 from mpifed.models.flat import FlatModel
 from mpifed.rng import derive, torch_generator
 from mpifed.types import DataSpec
+
+RESERVED = ("round", "clients", "replies", "absent", "bytes", "seconds", "open")
+"""Names of a metrics row that are not the algorithm's."""
 
 
 class RunEnv:
@@ -51,7 +56,9 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     """The rank's device: with `auto` a GPU where there is one, GPUs dealt to a node's ranks in turn."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
+    if not torch.cuda.is_available():
+        raise BadInput('device: "cuda", but there is no GPU that torch can use here; use auto or cpu')
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
@@ -85,6 +92,8 @@ class Context:
         return torch_generator(self.env.seed, purpose, self.round, self.id)
 
     def log(self, name: str, value: float) -> None:
+        if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ValueError(f"a number cannot be logged as '{name}': letters, digits, _ and -, and not {RESERVED}")
         self.logged[name] = float(value)
 
     def owned(self, tensor: Tensor) -> Tensor:

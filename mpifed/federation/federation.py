@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class Federation:
         if algorithm.pooled:
             partition = Partition((np.sort(np.concatenate(partition.train)),))
         env = RunEnv(job, source.spec, len(partition.train), choose_device(job.device, local_rank))
+        _check_names(job, algorithm, env)
         _check_codec_fields(job, algorithm, env)
         env.model()  # an unfit model is found here, before round 1
         roster = Roster(
@@ -126,6 +128,16 @@ class Federation:
     def codec(self, direction: str, name: str) -> Codec:
         """The codec of one exchanged field."""
         return _codec(self.job.codec_of(direction, name), f"codec.{direction}.{name}")  # type: ignore[arg-type]
+
+
+def _check_names(job: Job, algorithm: Algorithm, env: RunEnv) -> None:
+    """Raise BadInput where a phase or a field has a name that the ledger cannot hold."""
+    phases = algorithm.phases(env)
+    for name in (*(phase.name for phase in phases), *(name for _, name in field_names(phases, 1))):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise BadInput(
+                f"algorithm.name: {job.algorithm.name} names a phase or field '{name}'; use letters, digits, _, -"
+            )
 
 
 def _check_codec_fields(job: Job, algorithm: Algorithm, env: RunEnv) -> None:

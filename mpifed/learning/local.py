@@ -33,7 +33,7 @@ class Trained:
     """What a local training did.
 
     `displacement` is how far a constant unit gradient would have moved every parameter: `steps * lr` for plain SGD, and
-    `lr * [K - m (1 - m^K) / (1 - m)] / (1 - m)` with momentum m over K steps (FedNova, arXiv 2007.07481, section 4). It
+    `lr * [K - m (1 - m^K) / (1 - m)] / (1 - m)` with momentum m over K steps (FedNova, arXiv 2007.07481). It
     is NaN for Adam.
     """
 

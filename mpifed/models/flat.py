@@ -24,8 +24,8 @@ class FlatModel:
     - `buffers`: float32 `[b]`, named by `buffer_layout`: all that is part of the model and not trained, that is frozen
       parameters (`requires_grad=False` when wrapped; in `parameters`, weight decay would shrink them), then
       persistent floating-point buffers such as the running statistics of batch normalisation.
-    - Integer and non-persistent buffers stay in the module and are never sent. Batch normalisation counts its batches
-      in one, which nothing reads at a fixed momentum.
+    - Integer and non-persistent buffers stay in the module and are never sent. Integers (batch normalisation counts its
+      batches in one) begin anew with every `load`.
 
     One step is `zero_gradient()`, forward, `backward()`, optimiser. Not the optimiser's `zero_grad`, which would put
     the gradients of the step after outside of `gradient`; and not `backward(create_graph=True)`, for the same reason.
@@ -67,6 +67,7 @@ class FlatModel:
             trained[name].data = view
         for name, view in self.buffer_layout.views(self.buffers).items():
             fixed[name].data = view
+        self._counters = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_floating_point()]
         self.zero_gradient()
 
     def load(self, parameters: Tensor, buffers: Tensor | None = None) -> None:
@@ -81,6 +82,8 @@ class FlatModel:
             self.parameters.copy_(parameters)
             if buffers is not None:
                 self.buffers.copy_(buffers)
+            for counter, initial in self._counters:  # or what one client counted would reach the next one on its rank
+                counter.copy_(initial)
 
     def zero_gradient(self) -> None:
         """Set `gradient` to zero, and make every `.grad` a view of it again where something replaced it."""

@@ -6,9 +6,11 @@ module imports torch or MPI, so that a report starts fast.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -137,6 +139,20 @@ class RunFolder:
     def scratch(self) -> Path:
         """The folder of files that may be deleted once the run has ended."""
         return self.path / "scratch"
+
+    def occupy(self) -> None:
+        """Keep the folder for this process, until that ends, and drop what an earlier one left in `scratch`.
+
+        Raises `BadInput` where another process has it. On a file system without locks, two are not kept apart.
+        """
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{self.path}: another run is going on in this folder; wait for its end") from None
+        except OSError:
+            return
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one round's row to `metrics.jsonl`; it has left this process on return (flush, without fsync)."""

@@ -19,7 +19,7 @@ HEALTHY = "MPIFED_TEST_HEALTHY"
 
 @dataclass(frozen=True)
 class BadClients(Scaffold):
-    """In round `round` some clients raise, upload a number that is not finite, sleep for a second, or hang."""
+    """In round `round` some clients raise, upload what is not finite, sleep, hang, leave, or write into the download."""
 
     round: int = 2
     raising: tuple[int, ...] = ()
@@ -27,6 +27,8 @@ class BadClients(Scaffold):
     inf: tuple[int, ...] = ()
     sleeping: tuple[int, ...] = ()
     hanging: tuple[int, ...] = ()
+    leaving: tuple[int, ...] = ()
+    writing: tuple[int, ...] = ()
 
     def client(self, state: State, down: Payload, ctx: ClientContext) -> tuple[State, Reply | Absent]:
         if ctx.round != self.round or HEALTHY in os.environ:
@@ -37,6 +39,10 @@ class BadClients(Scaffold):
             time.sleep(1.0)
         if ctx.id in self.hanging:
             time.sleep(10**6)
+        if ctx.id in self.leaving:
+            raise SystemExit(0)
+        if ctx.id in self.writing:
+            down["model"].add_(1.0)
         state, reply = super().client(state, down, ctx)
         poison = float("nan") if ctx.id in self.nan else float("inf") if ctx.id in self.inf else 0.0
         if poison != 0.0 and isinstance(reply, Reply):

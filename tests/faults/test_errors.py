@@ -6,12 +6,15 @@ repaired and resumed has to equal the undisturbed one in everything but the summ
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.kills import JOB, Sweep
 from mpifed.errors import CHECKPOINT, COMPLETE, TOO_FEW_REPLIES, UNEXPECTED
+from mpifed.storage.run_folder import RunFolder
 from tests.faults.broken import HEALTHY
 from tests.faults.outcome import Outcome, differences, newest, states
 from tests.launch import Finished, run_module
@@ -49,6 +52,35 @@ def test_an_exception_outside_a_client_on_a_worker_ends_the_job(broken_runs: Swe
 def test_a_hung_rank_is_named_with_its_stacks(broken_runs: Sweep) -> None:
     broken_runs.action("hang", "round.before_upload", 2, 2)
     assert broken_runs.results[-1].equal, broken_runs.results[-1]
+
+
+def test_a_client_that_leaves_ends_the_job(tmp_path: Path) -> None:
+    """`sys.exit(0)` on one rank would leave the others waiting, and must not look like a complete run."""
+    finished = start(tmp_path / "run", "BadClients", "algorithm.leaving=[3]")
+    assert finished.returncode in (UNEXPECTED, KILLED), finished
+    assert "SystemExit" in finished.stderr and finished.stderr.count(TRACEBACK) == 1, finished
+
+
+def test_a_client_that_writes_into_its_download_ends_the_job(tmp_path: Path) -> None:
+    """The next client of its rank would be given what it wrote: results would depend on the number of ranks."""
+    finished = start(tmp_path / "run", "BadClients", "algorithm.writing=[3]")
+    assert finished.returncode in (UNEXPECTED, KILLED), finished
+    assert "client 3 changed 'model' in place" in finished.stderr, finished
+
+
+def test_a_run_may_take_longer_than_a_round_may(tmp_path: Path) -> None:
+    """On one rank no exchange has to wait, and each one gives the watchdog's time anew."""
+    finished = run_module(
+        1, "mpifed.run", JOB, f"out={tmp_path / 'run'}", "rounds=60", "round_timeout=1.5", "evaluate.every_rounds=0",
+        "checkpoint.every_rounds=1", timeout=LIMIT_S,
+    )  # fmt: skip
+    assert finished.returncode == COMPLETE and finished.seconds > 1.5, finished
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m mpifed.run {JOB} out={tmp_path / 'run'} rounds=5 | head -n 1"
+    subprocess.run(["bash", "-c", command], check=True, timeout=LIMIT_S, capture_output=True)
+    assert RunFolder.open(tmp_path / "run").complete
 
 
 def test_a_hang_of_a_client_shows_where(tmp_path: Path) -> None:

@@ -293,3 +293,16 @@ def test_values_survive_being_wrapped_whatever_their_strides() -> None:
     model = FlatModel(module)
     assert torch.equal(module.weight, weight) and module.weight.is_contiguous()
     assert torch.equal(model.parameters[: weight.numel()], weight.reshape(-1))
+
+
+def test_what_a_client_counted_does_not_reach_the_next() -> None:
+    """Integers in the module begin anew with every load, so results do not depend on who shares a rank."""
+    model = FlatModel(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, momentum=None)))
+    counter = model.module[1].num_batches_tracked
+    parameters = model.parameters.detach().clone()
+    model.load(parameters)
+    model.train()
+    model(torch.randn(4, 2))
+    assert counter.item() == 1
+    model.load(parameters)
+    assert counter.item() == 0
