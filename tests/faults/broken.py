@@ -19,7 +19,7 @@ HEALTHY = "MPIFED_TEST_HEALTHY"
 
 @dataclass(frozen=True)
 class BadClients(Scaffold):
-    """In round `round` some clients raise, upload what is not finite, sleep, hang, leave, or write into the download."""
+    """In round `round` clients raise, upload what is not finite, sleep, hang, leave, or write into the download."""
 
     round: int = 2
     raising: tuple[int, ...] = ()
