@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from mpifed.errors import CheckpointError
-from mpifed.storage.states import read_state, write_scratch
+from mpifed.storage.states import empty, read_state, write_scratch
 from mpifed.types import State, map_state, nbytes
 
 _FILE = re.compile(r"client_[0-9]+\.h5")
@@ -55,9 +53,7 @@ class ClientStore:
 
     def put(self, client: int, state: State) -> None:
         """Keep a copy of `state` in place of the client's former one."""
-        own = map_state(
-            lambda tensor: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format), state
-        )
+        own = map_state(lambda tensor: empty(tensor.shape, tensor.dtype).copy_(tensor.detach()), state)
         self._drop(client)
         self._hold(client, own)
 

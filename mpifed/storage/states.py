@@ -14,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import mmap
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +35,7 @@ RECORDS = "records"
 MAX_DEPTH = 16
 """Groups inside one another: algorithms compose a few levels; a file with more is not ours."""
 
+_MAPPED_BYTES = 1 << 18  # from this size on; a process may have some ten thousand mappings
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _BFLOAT16 = "bfloat16"
 _DTYPES: dict[torch.dtype, np.dtype] = {
@@ -42,6 +44,19 @@ _DTYPES: dict[torch.dtype, np.dtype] = {
     + ("uint8", "uint16", "uint32", "uint64", "bool")
 }
 _STORED = tuple((h5t.py_create(numpy_dtype), dtype) for dtype, numpy_dtype in _DTYPES.items())
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor for a state; a large one is a memory mapping, which is gone as soon as it is freed.
+
+    On the heap, the states of many clients that come and go would leave holes between libhdf5's small blocks, which
+    add up to more than the states.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _MAPPED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -289,7 +304,7 @@ class _Reader:
         if nbytes > self.bytes_left:
             raise self.refused(where, f"declares shape {shape}, more bytes than the file has")
         self.bytes_left -= nbytes
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = empty(shape, dtype)
         if nbytes:
             offset = dataset.get_offset()
             if offset is None or offset + nbytes > self.size or dataset.get_storage_size() != nbytes:
