@@ -80,7 +80,7 @@ def test_no_mpi_library(job: str, alone: Path, tmp_path: Path) -> None:
 def test_more_ranks_than_clients(job: str, alone: Path, tmp_path: Path) -> None:
     """Five ranks for two clients: two of the four that train have none. One line says so; the result is the same."""
     finished = run_module(5, "mpifed.run", job, f"out={tmp_path / 'run'}", timeout=LIMIT)
-    warning = "mpifed: 2 of 5 ranks have no client to train; fewer ranks would do"
+    warning = "mpifed: 2 of 5 ranks have no client to train; use fewer ranks or more clients"
     assert said(finished) == [warning], finished
     assert differences(outcome(alone), outcome(tmp_path / "run")) == []
 
