@@ -190,11 +190,15 @@ class Engine:
                 kept = self.store.get(client) or {}
                 reach("client.before", round_, rank)
                 try:
-                    state, answer, numbers[client] = self._ask(phase, round_, client, kept, shared | own[client])
+                    before, down = self._state_of(client, kept), shared | own[client]
+                    state, answer, numbers[client] = self._ask(phase, round_, client, before, down)
                     if isinstance(answer, Reply):
                         memory = kept.get("codec", {})
-                        outgoing[client] = self.exchange.encode(up_fields, answer, memory, progress)
-                        memory = outgoing[client].memory
+                        reply = self.exchange.encode(up_fields, answer, memory, progress)
+                        if self.exchange.lossy(up_fields):
+                            sent = self.exchange.decoded(up_fields, reply)
+                            state = self.algorithm.acknowledged(before, state, down, sent)
+                        outgoing[client], memory = reply, reply.memory
                     else:
                         said[client], memory = answer.reason, kept.get("codec", {})
                     staged[client] = {"state": self._on_host(state)} | ({"codec": memory} if memory else {})
@@ -227,15 +231,20 @@ class Engine:
             reach("server.after", round_, rank)
         return {**sizes, **known.logical}, len(known.clients)
 
+    def _state_of(self, client: int, kept: State) -> State:
+        """A client's state on the device: the kept one, or its first."""
+        if "state" in kept:
+            return self._on_device(kept["state"])
+        return self._on_device(self.algorithm.client_init(self.federation.env, client))
+
     def _ask(
-        self, phase: Phase, round_: int, client: int, kept: State, down: Payload
+        self, phase: Phase, round_: int, client: int, state: State, down: Payload
     ) -> tuple[State, Reply | Absent, dict[str, float]]:
         """A client's part in a phase: next state, answer, and the numbers that it logged."""
         federation = self.federation
-        state = kept["state"] if "state" in kept else self.algorithm.client_init(federation.env, client)
         samples = federation.samples(client)
         ctx = Context(federation.env, client, round_, phase.name, samples, federation.mean_examples, self.job.local)
-        given = [*down.items(), *leaves(state := self._on_device(state))]
+        given = [*down.items(), *leaves(state)]
         versions = [tensor._version for _, tensor in given]
         state, answer = phase.client(state, down, ctx)
         changed = [name for (name, tensor), version in zip(given, versions, strict=True) if tensor._version != version]

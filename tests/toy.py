@@ -136,6 +136,7 @@ class Simulation:
             len(self.states),
             0.0,
         )
+        self.server = self.algorithm.sent(self.server, shared, self.round)
         outgoing = {}
         mean = sum(map(len, self.samples)) / len(self.samples)
         for client in dealt.clients:

@@ -236,6 +236,15 @@ class Algorithm:
         """After sending: `down` as the clients decoded it, so that a lossy codec keeps everybody in step."""
         return server
 
+    def acknowledged(self, before: State, after: State, down: Payload, sent: Payload) -> State:
+        """The client state to keep where a codec changed the upload: `sent` is the upload as the server will decode it.
+
+        Called on the client's rank once its reply is encoded, and only in a phase with a codec that is not plain;
+        `before` is the state that the client was given, `after` the one that it returned. An algorithm in which clients
+        remember what they uploaded (a control variate, a memory) remembers here what was received instead.
+        """
+        return after
+
     def phases(self, env: Env) -> tuple[Phase, ...]:
         """The phases of a round, the same on every rank."""
         down, up = self.down(env), self.up(env)

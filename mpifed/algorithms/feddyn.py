@@ -69,6 +69,10 @@ class FedDyn(FedAvg):
         upload = self.update(down, ctx)
         return state | {"memory": state["memory"] + upload["update"]}, Reply(upload)
 
+    def acknowledged(self, before: State, after: State, down: Payload, sent: Payload) -> State:
+        """lambda_k moves by what the server received, so that its memory stays the mean of all lambda_k."""
+        return after | {"memory": before["memory"] + sent["update"]}
+
     # --- server: receive ----------------------------------------------------------------------------------------------
     def server(self, server: State, uploads: Uploads, round_: int) -> State:
         update = uploads.mean("update")

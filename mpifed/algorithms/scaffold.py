@@ -62,6 +62,10 @@ class Scaffold(FedAvg):
     def download(self, server: State, round_: int) -> Payload:
         return super().download(server, round_) | {"control": server["control"]}
 
+    def sent(self, server: State, down: Payload, round_: int) -> State:
+        """`derived` computes what the clients do, from c as they received it; `server` forgets it again."""
+        return server | ({"received": down["control"]} if self.payload == "derived" else {})
+
     # --- client -------------------------------------------------------------------------------------------------------
     def client_init(self, env: Env, client: int) -> State:
         return {"control": torch.zeros_like(env.initial(client)[0])}
@@ -89,11 +93,19 @@ class Scaffold(FedAvg):
             upload["control_update"] = new_c_i - c_i
         return state | {"control": new_c_i}, Reply(upload)
 
+    def acknowledged(self, before: State, after: State, down: Payload, sent: Payload) -> State:
+        """c_i moves by what the server received, so that c stays the mean of all c_i."""
+        if self.payload == "derived":
+            return after | {"control": before["control"] - down["control"] - sent["update"] / sent["displacement"]}
+        return after | {"control": before["control"] + sent["control_update"]}
+
     # --- server: receive ----------------------------------------------------------------------------------------------
     def server(self, server: State, uploads: Uploads, round_: int) -> State:
         update, c = uploads.mean("update"), server["control"]
         if self.payload == "derived":
-            added = -len(uploads.clients) * (c + update / uploads.mean("displacement"))
+            received = server["received"]
+            server = {name: value for name, value in server.items() if name != "received"}
+            added = -len(uploads.clients) * (received + update / uploads.mean("displacement"))
         else:
             added = uploads.sum("control_update")
         server = server | {"model": server["model"] + self.server_lr * update, "control": c + added / server["clients"]}

@@ -169,6 +169,19 @@ class Exchange:
                 outgoing.memory[name] = kept
         return outgoing
 
+    def lossy(self, fields: Mapping[str, Field]) -> bool:
+        """Whether some codec of these uploaded fields may change what it carries."""
+        return not all(self._codec("up", name).plain for name in fields)
+
+    def decoded(self, fields: Mapping[str, Field], outgoing: Outgoing) -> Payload:
+        """A client's encoded reply as the server will decode it, on the device."""
+        result: Payload = {}
+        for name, declared in fields.items():
+            shape = full_shape(declared, outgoing.lengths[name])
+            value = self._codec("up", name).decode(outgoing.data[name], shape, declared.dtype, declared.layout)
+            result[name] = value.to(self._device)
+        return result
+
     def announce(
         self, fields: Mapping[str, Field], outgoing: Mapping[int, Outgoing], dealt: Assignment
     ) -> Announcement:
