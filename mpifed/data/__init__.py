@@ -27,6 +27,7 @@ PARTITIONS: dict[str, str] = {
     "labels": "mpifed.data.partition:labels_per_client",
     "quantity": "mpifed.data.partition:quantity",
     "fedgen": "mpifed.data.partition:fedgen",
+    "per_class": "mpifed.data.partition:per_class",
     "target_labels": "mpifed.data.partition:target_labels",
     "natural": "mpifed.data.partition:natural",
 }

@@ -11,7 +11,8 @@ with `labels` int64 `[train samples]`, `rng` a generator seeded for this purpose
 Sources: McMahan et al. 2017, arXiv:1602.05629 (`shards`); Li, Diao, Chen, He 2022, "Federated learning on non-IID data
 silos", arXiv:2102.02079, and its code NIID-Bench (`dirichlet`, `labels_per_client`, `quantity`); Acar et al. 2021,
 arXiv:2111.04263 (`dirichlet_prior`, also FedFTG's); Zhu, Hong, Zhou 2021, arXiv:2105.10056, and its code (`fedgen`);
-Jeong et al. 2018, arXiv:1811.11479 (`target_labels`); Caldas et al. 2018, arXiv:1812.01097 (`natural`).
+Jeong et al. 2018, arXiv:1811.11479 (`target_labels`); Caldas et al. 2018, arXiv:1812.01097 (`natural`); Li, Wang 2019,
+arXiv:1910.03581 (`per_class`).
 """
 
 from __future__ import annotations
@@ -100,6 +101,34 @@ def shards(
     return _partition(list(dealt.reshape(clients, shards_per_client * size)))
 
 
+def per_class(
+    labels: np.ndarray,
+    clients: int,
+    rng: np.random.Generator,
+    test_labels: np.ndarray | None = None,
+    *,
+    samples: Annotated[int, Field(ge=1)] = 3,
+    classes: tuple[Annotated[int, Field(ge=0)], ...] = (),
+) -> Partition:
+    """FedMD's i.i.d. split: exactly `samples` random ones of each class for every client; the rest is left out.
+
+    `classes` restricts it to those labels; empty means every label that the training set has.
+    """
+    present, sizes = np.unique(labels, return_counts=True)
+    size_of = dict(zip(present.tolist(), sizes.tolist(), strict=True))
+    wanted = sorted(classes) or present.tolist()
+    if len(set(wanted)) < len(wanted):
+        raise BadInput(f"data.partition.classes = {list(classes)} names a class twice; name each once")
+    for label in wanted:
+        if size_of.get(label, 0) < clients * samples:
+            raise BadInput(
+                f"data.partition.samples = {samples} of each class for each of {clients} clients takes "
+                f"{clients * samples} samples, but class {label} has {size_of.get(label, 0)}; lower it, use fewer "
+                "clients, or name the classes to use in data.partition.classes"
+            )
+    return _deal(labels, np.array(wanted), np.full((len(wanted), clients), samples), rng)
+
+
 # --- label skew -------------------------------------------------------------------------------------------------------
 def labels_per_client(
     labels: np.ndarray,
@@ -153,7 +182,11 @@ def target_labels(
     kept: Annotated[int, Field(ge=0)] = 5,
 ) -> Partition:
     """The split of federated distillation (2018): `samples` random ones a device, of which `targets` random labels are
-    then cut to at most `kept` samples each."""
+    then cut to at most `kept` samples each.
+
+    The paper draws from the 55,000 MNIST samples that remain beside a validation set of 5,000; here from all that there
+    are. Devices share no sample, which the paper does not say.
+    """
     classes = np.unique(labels)
     if clients * samples > len(labels):
         raise BadInput(

@@ -23,6 +23,8 @@ MODELS: dict[str, str] = {
     "cnn": "mpifed.models.convolutional:cnn",
     "feddyn_cnn": "mpifed.models.convolutional:feddyn_cnn",
     "fedgen_net": "mpifed.models.convolutional:fedgen_net",
+    "fedmd_cnn": "mpifed.models.fedmd:fedmd_cnn",
+    "fd_cnn": "mpifed.models.convolutional:fd_cnn",
     "resnet18": "mpifed.models.resnet:resnet18",
 }
 """Name in a job -> where the factory is, `"module:function"`; nothing is imported before it is asked for."""

@@ -14,12 +14,12 @@ Width = Annotated[int, Field(ge=1, description="units or channels of a layer")]
 
 
 class Classifier(nn.Module):
-    """`head(body(x))`: the head's parameters are called `head.weight` `[classes, features]` and `head.bias`."""
+    """`head(body(x))`: the head's parameters are `head.weight` `[classes, features]` and, with `bias`, `head.bias`."""
 
-    def __init__(self, body: nn.Module, features: int, classes: int) -> None:
+    def __init__(self, body: nn.Module, features: int, classes: int, bias: bool = True) -> None:
         super().__init__()
         self.body = body
-        self.head = nn.Linear(features, classes)
+        self.head = nn.Linear(features, classes, bias=bias)
 
     def features(self, x: Tensor) -> Tensor:
         """Inputs `[batch, *input_shape]` -> what the head is given, `[batch, features]`."""
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
 
 
 def split(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
-    """A classifier's feature extractor and head: `head(features(x))` are its logits.
+    """A classifier's feature extractor and head, which may have no bias: `head(features(x))` are its logits.
 
     Any module with a method `features` and a `torch.nn.Linear` called `head` will do; raises `BadInput` for others.
     """

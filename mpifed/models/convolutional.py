@@ -6,6 +6,9 @@
   https://openreview.net/forum?id=B7v4QMR6Z9w. The authors' code has 384 units where the paper prints 394.
 - `fedgen_net`: Zhu, Hong, Zhou, "Data-Free Knowledge Distillation for Heterogeneous Federated Learning", ICML 2021,
   https://arxiv.org/abs/2105.10056: the network of the authors' code, which is much smaller than the one cited there.
+- `fd_cnn`: Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated Distillation and Augmentation
+  under Non-IID Private Data", 2018, https://arxiv.org/abs/1811.11479. The paper gives the kinds of its five layers and
+  1,199,648 parameters, which this net has and which is Keras' MNIST example without biases; dropout is not mentioned.
 """
 
 from __future__ import annotations
@@ -94,3 +97,24 @@ def fedgen_net(
     (flat,) = probe(body, spec.input_shape, "fedgen_net")
     body.add_module("latent", nn.Linear(flat, latent))
     return Classifier(body, latent, spec.classes)
+
+
+def fd_cnn(spec: DataSpec, *, hidden: Width = 128) -> nn.Module:
+    """Two 3x3 convolutions (32 and 64 channels, no padding), 2x2 max-pooling, `hidden` units, a head; no biases.
+
+    1,199,648 parameters on MNIST, the number of the paper.
+    """
+    body = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels_of(spec.input_shape, "fd_cnn"), 32, 3, bias=False),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(32, 64, 3, bias=False),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+        )
+    )
+    (width,) = probe(body, spec.input_shape, "fd_cnn")
+    body.add_module("linear", nn.Linear(width, hidden, bias=False))
+    body.add_module("relu3", nn.ReLU())
+    return Classifier(body, hidden, spec.classes, bias=False)

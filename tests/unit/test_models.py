@@ -16,8 +16,9 @@ from mpifed.component import bind, resolve
 from mpifed.errors import BadInput
 from mpifed.models import MODELS, build, initialise
 from mpifed.models.classifier import split
-from mpifed.models.convolutional import cnn, feddyn_cnn, fedgen_net
+from mpifed.models.convolutional import cnn, fd_cnn, feddyn_cnn, fedgen_net
 from mpifed.models.dense import linear, mlp, two_nn
+from mpifed.models.fedmd import TABLE_1, TABLE_2, SameAveragePool, fedmd_cnn
 from mpifed.models.flat import FlatModel
 from mpifed.models.resnet import resnet18
 from mpifed.types import DataSpec
@@ -61,6 +62,8 @@ def sizes(factory: Callable[..., nn.Module], spec: DataSpec, **keys: Any) -> tup
         (fedgen_net, LETTERS, {}, (26_962, 44)),
         # conv 448 + 4,640 + 18,496, norm 2*112, latent 64*32 + 32 (84 pixels become 1), head 66; 2*112
         (fedgen_net, CELEBA, {"channels": [16, 32, 64], "pool": True}, (25_954, 224)),
+        # 9*32 + 9*32*64 + 12*12*64*128 + 128*10: the number in Jeong et al.
+        (fd_cnn, MNIST, {}, (1_199_648, 0)),
         # torchvision's 11,689,512 for 1000 classes, less 990*513; buffers 2*(64*5 + 128*5 + 256*5 + 512*5)
         (resnet18, CIFAR10, {}, (11_181_642, 9_600)),
         (resnet18, CIFAR100, {}, (11_227_812, 9_600)),
@@ -73,6 +76,61 @@ def test_published_sizes(
     factory: Callable[..., nn.Module], spec: DataSpec, keys: dict[str, Any], expected: tuple[int, int]
 ) -> None:
     assert sizes(factory, spec, **keys) == expected
+
+
+FEDMD_SIZES = {  # channels: trained parameters at 28x28x1 and at 32x32x3, 16 outputs
+    (128, 256): (989_440, 1_221_120),
+    (128, 384): (1_483_392, 1_829_760),
+    (128, 512): (1_977_344, 2_438_400),
+    (256, 256): (1_285_888, 1_519_872),
+    (256, 512): (2_568_704, 3_032_064),
+    (64, 128, 256): (366_464, 367_616),
+    (64, 128, 192): (283_328, 284_480),
+    (128, 192, 256): (580_416, 582_720),
+    (128, 128, 128): (233_728, 236_032),
+    (128, 128, 192): (316_864, 319_168),
+    # Table 2 has three more of three layers: with n of 64, 9*c*64 + 64 + 4*64*64 + 64 + 9*64*64 + 64 + 3*2*64 + 9*64*16
+    (64, 64, 64): (63_616, 64_768),
+    # 9*c*128 + 128 + 4*128*64 + 64 + 9*64*64 + 64 + 2*(128 + 64 + 64) + 9*64*16
+    (128, 64, 64): (80_768, 83_072),
+    # 9*c*64 + 64 + 4*64*64 + 64 + 9*64*128 + 128 + 2*(64 + 64 + 128) + 9*128*16
+    (64, 64, 128): (109_888, 111_040),
+    # and one of four, whose last convolution adds 9*64*64 + 64 + 2*64 to (64, 64, 64)
+    (64, 64, 64, 64): (100_672, 101_824),
+}
+
+
+@pytest.mark.parametrize("channels", FEDMD_SIZES)
+def test_sizes_of_the_fedmd_zoo(channels: tuple[int, ...]) -> None:
+    expected = FEDMD_SIZES[channels]
+    for parameters, shape in zip(expected, ((1, 28, 28), (3, 32, 32)), strict=True):
+        assert sizes(fedmd_cnn, DataSpec(shape, 16), channels=channels) == (parameters, 2 * sum(channels))
+
+
+def test_the_fedmd_zoo_is_both_tables() -> None:
+    assert {channels for channels, _ in TABLE_1 + TABLE_2} == set(FEDMD_SIZES)
+    assert len(TABLE_1) == len(TABLE_2) == 10
+    assert [dropout for _, dropout in TABLE_1] == [0.2, 0.2, 0.2, 0.3, 0.4, 0.2, 0.2, 0.2, 0.3, 0.3]
+    assert [dropout for _, dropout in TABLE_2] == [0.2, 0.2, 0.2, 0.3, 0.4, 0.2, 0.2, 0.2, 0.3, 0.2]
+
+
+def test_fedmd_pools_over_the_cells_that_exist() -> None:
+    """Rows 1 2 and 3 4: the mean of all is 2.5; of 2, 4 it is 3; of 3, 4 it is 3.5; the last cell has itself alone."""
+    pooled = SameAveragePool()(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]))
+    assert torch.equal(pooled, torch.tensor([[[[2.5, 3.0], [3.5, 4.0]]]]))
+
+
+def test_fedmd_starts_as_keras_does() -> None:
+    """Glorot: uniform within sqrt(6 / (fan in + fan out)); 9*1 + 9*128 = 1,161 for the first kernel of one channel."""
+    module = initialise(lambda: fedmd_cnn(MNIST), 1)
+    weight = module.get_parameter("body.conv1.weight")
+    bound = (6 / 1_161) ** 0.5
+    assert 0.95 * bound < weight.abs().max() <= bound
+    assert module.get_parameter("body.conv2.bias").abs().max() == 0
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.01)}
+    drops = [part.p for part in fedmd_cnn(MNIST, channels=(8, 8, 8), dropout=0.3).modules() if hasattr(part, "p")]
+    assert drops == [0.3, 0.3, 0.3]
 
 
 def test_fedgen_head_is_330_parameters() -> None:
@@ -95,7 +153,8 @@ def test_every_model_splits_into_features_and_head(name: str, spec: DataSpec) ->
         assert torch.equal(head(features(x)), logits)
     assert logits.shape == (2, spec.classes) and logits.dtype == torch.float32
     assert features(x).shape == (2, head.in_features)
-    assert [name for name, _ in module.named_parameters()][-2:] == ["head.weight", "head.bias"]
+    last = ["head.weight"] if head.bias is None else ["head.weight", "head.bias"]
+    assert [name for name, _ in module.named_parameters()][-len(last) :] == last
 
 
 def test_fedgen_features_are_not_rectified() -> None:
@@ -108,18 +167,25 @@ def test_split_refuses_what_has_no_head() -> None:
         split(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", ["cnn", "feddyn_cnn", "fedgen_net", "resnet18"])
+@pytest.mark.parametrize("name", ["cnn", "feddyn_cnn", "fedgen_net", "fedmd_cnn", "fd_cnn", "resnet18"])
 @pytest.mark.parametrize("shape", [(64,), (28, 28), (2, 3, 8, 8)])
 def test_image_models_refuse_other_shapes(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(BadInput, match=rf"model\.name: '{name}' .*{re.escape(str(shape))}"):
         factory_of(name)(DataSpec(shape, 3))
 
 
-@pytest.mark.parametrize(("factory", "shape"), [(cnn, (1, 3, 3)), (feddyn_cnn, (3, 15, 15))])
+@pytest.mark.parametrize(("factory", "shape"), [(cnn, (1, 3, 3)), (feddyn_cnn, (3, 15, 15)), (fedmd_cnn, (1, 2, 2))])
 def test_images_too_small_to_pool(factory: Callable[..., nn.Module], shape: tuple[int, ...]) -> None:
-    """3 -> 1 -> 0 pixels in the one; 15 -> 11 -> 5 -> 1 -> 0 in the other."""
+    """3 -> 1 -> 0 pixels in the first; 15 -> 11 -> 5 -> 1 -> 0 in the second; 2 for a kernel of 3 in the last."""
     with pytest.raises(BadInput, match=re.escape(str(shape))):
         factory(DataSpec(shape, 3))
+
+
+def test_fedmd_of_three_layers_needs_twelve_pixels() -> None:
+    """12 -> 6 -> 3 -> 1; 11 -> 5 -> 2, where a kernel of 3 does not fit."""
+    assert sizes(fedmd_cnn, DataSpec((1, 12, 12), 2), channels=[1, 1, 1])[0] == 10 + 5 + 10 + 6 + 2
+    with pytest.raises(BadInput, match="fedmd_cnn"):
+        fedmd_cnn(DataSpec((1, 11, 11), 2), channels=[1, 1, 1])
 
 
 def test_mlp_takes_any_shape_and_depth() -> None:
@@ -201,6 +267,10 @@ def test_what_a_factory_must_return() -> None:
         ("fedgen_net", {"channels": []}),
         ("fedgen_net", {"latent": 0}),
         ("fedgen_net", {"pool": 1}),
+        ("fedmd_cnn", {"channels": [64]}),
+        ("fedmd_cnn", {"channels": [64, 64, 64, 64, 64]}),
+        ("fedmd_cnn", {"dropout": 1.0}),
+        ("fd_cnn", {"hidden": 0}),
         ("resnet18", {"stem": "mnist"}),
         ("resnet18", {"norm": "layer"}),
         ("resnet18", {"groups": 3}),

@@ -46,6 +46,8 @@ TABLE: list[tuple[str, dict[str, Any], bool]] = [
     ("shards", {}, ALL_USED),  # 2,000 is a multiple of 10 x 2
     ("shards", {"shards_per_client": 3}, not ALL_USED),  # 30 shards of 66 leave 20
     ("labels", {"labels_per_client": 2}, ALL_USED),  # ten clients: every one of five labels has its owner
+    ("per_class", {}, not ALL_USED),
+    ("per_class", {"samples": 20, "classes": [2, 4]}, not ALL_USED),
     ("target_labels", {"samples": 150}, not ALL_USED),
     ("dirichlet", {"alpha": 0.5}, ALL_USED),
     ("dirichlet", {"alpha": 0.1, "balance": False, "min_size": 1}, ALL_USED),
@@ -163,6 +165,39 @@ def test_a_label_with_fewer_samples_than_holders() -> None:
 
 
 # --- federated distillation 2018 -------------------------------------------------------------------------------------
+def test_per_class_gives_exactly_that_many_of_each() -> None:
+    """FedMD's i.i.d. set-up: 10 parties, 6 letters, 3 of each; all 18 samples of a party, 180 in all."""
+    labels = uneven_labels()
+    for indices in deal("per_class", labels, 10).train:
+        assert np.bincount(labels[indices]).tolist() == [3, 3, 3, 3, 3]
+    for indices in deal("per_class", labels, 5, samples=20, classes=[4, 0]).train:
+        assert np.bincount(labels[indices], minlength=5).tolist() == [20, 0, 0, 0, 20]
+    assert len(np.unique(np.concatenate(deal("per_class", labels, 10, samples=10).train))) == 500
+
+
+def test_per_class_is_a_random_choice() -> None:
+    """Which of the 100 of class 0 are dealt depends on the seed, and reaches all over the file."""
+    labels = np.repeat(np.arange(2), 100)
+    first, second = (np.concatenate(deal("per_class", labels, 5, seed).train) for seed in (1, 2))
+    assert not np.array_equal(np.sort(first), np.sort(second))
+    assert first.max() > 150 and first.min() < 50
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"samples": 11}, r"samples = 11 .* takes 110 samples, but class 0 has 100"),
+        ({"classes": [7]}, r"class 7 has 0"),
+        ({"classes": [1, 1]}, r"classes = \[1, 1\] names a class twice"),
+        ({"samples": 0}, r"samples"),
+        ({"classes": [-1]}, r"classes"),
+    ],
+)
+def test_impossible_per_class(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=rf"data\.partition\.{said}" if "class 7" not in said else said):
+        deal("per_class", uneven_labels(), 10, **keys)
+
+
 def test_target_labels_of_federated_distillation() -> None:
     """60,000 / 10 classes, 10 devices: 2,000 random samples each, of which three labels keep 5 samples.
 
