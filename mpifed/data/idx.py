@@ -94,8 +94,8 @@ def _read(
         label_path = root / subfolder / name.format("labels-idx1-ubyte")
         for path in (image_path, label_path):
             require_file(path, root, download)
-        pixels = _map_idx(image_path, 3)
-        classes = _map_idx(label_path, 1).astype(np.int64) - first_label
+        pixels = map_idx(image_path, 3)
+        classes = map_idx(label_path, 1).astype(np.int64) - first_label
         if pixels.shape[1:] != spec.input_shape[1:]:
             raise BadInput(f"data.root: {image_path} has images of {pixels.shape[1:]}, not (28, 28); replace the file")
         if len(pixels) != len(classes):
@@ -113,7 +113,7 @@ def _read(
     return ArraySource(spec, images[0], labels[0], images[1], labels[1])
 
 
-def _map_idx(path: Path, dimensions: int) -> np.ndarray:
+def map_idx(path: Path, dimensions: int) -> np.ndarray:
     """An idx file of unsigned bytes as a read-only array over the file.
 
     The header is big-endian 32-bit: 0x00000800 + dimensions, then the length of each. Raises `BadInput`.
