@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpifed.algorithms.base import Absent, Phase, Reply
+from mpifed.algorithms.base import Absent, Ensemble, Phase, Reply
 from mpifed.comm.collection import Outgoing, Sizes
 from mpifed.comm.communicator import CONTROL, Communicator
 from mpifed.comm.exchange import Exchange
@@ -32,7 +32,7 @@ from mpifed.federation.federation import Federation
 from mpifed.federation.roster import Assignment
 from mpifed.federation.store import ClientStore
 from mpifed.guard import StopSignal
-from mpifed.learning.evaluate import evaluate
+from mpifed.learning.evaluate import Evaluation, evaluate
 from mpifed.records import Records, Report
 from mpifed.storage.checkpoint import Checkpoints, Found
 from mpifed.types import Payload, State, leaves, map_state
@@ -134,10 +134,13 @@ class Engine:
         absent: dict[int, str] = {}
         exchanged: list[tuple[str, Sizes, Assignment]] = []
         replies = len(sampled)
-        for number, phase in enumerate(p for p in self.phases for _ in range(p.repeat)):
+        own = [0, 0]  # right answers and samples of the clients' own tests
+        steps = [phase for phase in self.phases if phase.rounds(round_) for _ in range(phase.repeat)]
+        for number, phase in enumerate(steps, start=1):
             asked = sampled if phase.clients == "round" else range(self.federation.clients)
             dealt = self.federation.roster.deal(asked)
-            sizes, answered = self._run_phase(phase, round_, dealt, logged, absent, first=number == 0)
+            first, last = number == 1, number == len(steps)
+            sizes, answered = self._run_phase(phase, round_, dealt, logged, absent, own, first, last)
             exchanged.append((phase.name, sizes, dealt))
             replies = min(replies, answered)
         reach("round.end", round_, self.comm.rank)
@@ -146,7 +149,7 @@ class Engine:
         wanted = self.comm.rank == 0 and 0 < seconds <= time.monotonic() - self._last_checkpoint
         with self._clock.time("communicate"):
             stop, timed = self.comm.sum_everywhere(torch.tensor([self._stop.asked, wanted]).double().numpy()) > 0
-        self._record(round_, logged, absent, exchanged, len(sampled), replies, began)
+        self._record(round_, logged, absent, own, exchanged, len(sampled), replies, began)
         self.round = round_
         every = self.job.checkpoint.every_rounds
         last = round_ == self.job.rounds
@@ -164,9 +167,11 @@ class Engine:
         dealt: Assignment,
         logged: dict[int, dict[str, float]],
         absent: dict[int, str],
+        own_tests: list[int],
         first: bool,
+        last: bool,
     ) -> tuple[Sizes, int]:
-        """One exchange; returns its logical bytes and how many clients answered."""
+        """One exchange, the round's `first` or `last`; returns its logical bytes and how many clients answered."""
         rank = self.comm.rank
         down_fields, up_fields = phase.down(round_), phase.up(round_)
         progress = round_ / self.job.rounds
@@ -180,6 +185,9 @@ class Engine:
         reach("round.after_download", round_, rank)
         if first and self.server is not None:
             self._close_row(self.federation.env)
+        if first and self.job.evaluate.own and self._evaluation_due(round_):
+            with self._clock.time("evaluate"):
+                self._test_own(shared, own, own_tests)
 
         outgoing: dict[int, Outgoing] = {}
         staged: dict[int, State] = {}
@@ -191,7 +199,7 @@ class Engine:
                 reach("client.before", round_, rank)
                 try:
                     before, down = self._state_of(client, kept), shared | own[client]
-                    state, answer, numbers[client] = self._ask(phase, round_, client, before, down)
+                    state, answer, numbers[client] = self._ask(phase, round_, client, before, down, last)
                     if isinstance(answer, Reply):
                         memory = kept.get("codec", {})
                         reply = self.exchange.encode(up_fields, answer, memory, progress)
@@ -238,12 +246,14 @@ class Engine:
         return self._on_device(self.algorithm.client_init(self.federation.env, client))
 
     def _ask(
-        self, phase: Phase, round_: int, client: int, state: State, down: Payload
+        self, phase: Phase, round_: int, client: int, state: State, down: Payload, last: bool
     ) -> tuple[State, Reply | Absent, dict[str, float]]:
         """A client's part in a phase: next state, answer, and the numbers that it logged."""
-        federation = self.federation
-        samples = federation.samples(client)
-        ctx = Context(federation.env, client, round_, phase.name, samples, federation.mean_examples, self.job.local)
+        federation, env = self.federation, self.federation.env
+        tests = self.algorithm.evaluates != "server"
+        samples, mean = federation.samples(client), federation.mean_examples
+        test = self._evaluate if tests else None
+        ctx = Context(env, client, round_, phase.name, samples, mean, self.job.local, test)
         given = [*down.items(), *leaves(state)]
         versions = [tensor._version for _, tensor in given]
         state, answer = phase.client(state, down, ctx)
@@ -255,10 +265,9 @@ class Engine:
         state = map_state(ctx.owned, state)
         if isinstance(answer, Reply):
             answer = Reply({name: ctx.owned(tensor) for name, tensor in answer.upload.items()}, answer.weight)
-        if self.algorithm.evaluates == "clients" and phase is self.phases[-1] and self._evaluation_due(round_):
+        if tests and last and self._evaluation_due(round_):
             with self._clock.time("evaluate"):
-                tested = self._evaluate(self.algorithm.client_predictor(state, federation.env, client), client)
-                ctx.logged.update(tested)
+                ctx.logged.update(self._evaluate(self.algorithm.client_predictor(state, env, client), client))
         return state, answer, ctx.logged
 
     def _too_few(self, phase: Phase, round_: int, replies: int, said: Mapping[int, str]) -> str:
@@ -278,13 +287,31 @@ class Engine:
         every = self.job.evaluate.every_rounds
         return round_ == self.job.rounds or bool(every and round_ % every == 0)
 
-    def _evaluate(self, model: tuple[Tensor, Tensor], client: int | None = None) -> dict[str, float]:
-        env = self.federation.env
-        instance = env.model(client)
-        instance.load(*model)
-        x, y = self.federation.test_set
-        tested = evaluate(instance, x, y, self.job.evaluate.batch_size, standardise=env.spec.standardise)
+    def _evaluate(self, model: tuple[Tensor, Tensor] | Ensemble, client: int | None = None) -> dict[str, float]:
+        tested = self._test(model, self.federation.test_set, client)
         return {"accuracy": tested.accuracy, "loss": tested.loss}
+
+    def _test(
+        self, model: tuple[Tensor, Tensor] | Ensemble, samples: tuple[Tensor, Tensor], client: int | None
+    ) -> Evaluation:
+        env = self.federation.env
+        members = model.members if isinstance(model, Ensemble) else (model,)
+        size, standardise = self.job.evaluate.batch_size, env.spec.standardise
+        return evaluate(env.model(client), *samples, size, standardise=standardise, members=members)
+
+    def _test_own(self, shared: Payload, own: Mapping[int, Payload], counts: list[int]) -> None:
+        """Test what each client hosted here would use now on its own test samples; adds to right answers and samples.
+
+        An absent client is tested with what all are sent: nothing crosses the network for it, so nothing is counted.
+        """
+        for client, samples in self.federation.own_tests().items():
+            if len(samples[1]) == 0:
+                continue
+            state = self._state_of(client, self.store.get(client) or {})
+            down = shared | own.get(client, {})
+            tested = self._test(self.algorithm.received(state, down, self.federation.env, client), samples, client)
+            counts[0] += tested.correct
+            counts[1] += tested.examples
 
     # --- records ------------------------------------------------------------------------------------------------------
     def _record(
@@ -292,13 +319,14 @@ class Engine:
         round_: int,
         logged: dict[int, dict[str, float]],
         absent: dict[int, str],
+        own_tests: list[int],
         exchanged: list[tuple[str, Sizes, Assignment]],
         sampled: int,
         replies: int,
         began: float,
     ) -> None:
         """Bring every rank's numbers of the round to rank 0, which writes them down."""
-        own = Report(logged, absent, *self.comm.traffic.take(), self._clock.take())
+        own = Report(logged, absent, own_tests, *self.comm.traffic.take(), self._clock.take())
         parts = self.comm.gather_bytes(own.to_bytes())
         _, own_received = self.comm.traffic.take()  # of this message itself, which no rank could count in it
         if parts is None:
@@ -316,7 +344,7 @@ class Engine:
             sampled,
             replies,
             seconds=time.perf_counter() - began,
-            tested_later=self.algorithm.evaluates == "server" and self._evaluation_due(round_),
+            tested_later=self.algorithm.evaluates != "clients" and self._evaluation_due(round_),
         )
 
     @cached_property
@@ -331,7 +359,9 @@ class Engine:
         if self._open["open"]:
             with self._clock.time("evaluate"):
                 started = time.perf_counter()
-                self._open.update(self._evaluate(self.algorithm.predictor(self.server, env)))
+                prefix = "server_" if self.algorithm.evaluates == "both" else ""
+                tested = self._evaluate(self.algorithm.predictor(self.server, env))
+                self._open.update({prefix + name: value for name, value in tested.items()})
                 self._open["seconds"]["evaluate"] += time.perf_counter() - started
         self._finish_row()
 

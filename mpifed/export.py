@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpifed.algorithms.base import Model
+from mpifed.algorithms.base import Ensemble, Model
 from mpifed.comm.inprocess import InProcess
 from mpifed.errors import BadInput
 from mpifed.federation.federation import Federation
@@ -58,13 +58,24 @@ def final_model(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, str]]:
         "round": str(found.round),
         "job_sha256": job.sha256,
     }
-    if algorithm.evaluates == "server":
-        return _named(env.model(), algorithm.predictor(found.server(), env)), about
     tensors: dict[str, Tensor] = {}
+    if algorithm.evaluates != "clients":
+        predictor = algorithm.predictor(found.server(), env)
+        if isinstance(predictor, Ensemble):
+            for number, member in enumerate(predictor.members):
+                tensors |= _prefixed(f"member_{number}", _named(env.model(), member))
+        else:
+            tensors |= _named(env.model(), predictor)
+    if algorithm.evaluates == "server":
+        return tensors, about
     for client in sorted(found.clients):
         parts = _named(env.model(client), algorithm.client_predictor(found.client(client)["state"], env, client))
-        tensors |= {f"client_{client}.{name}": tensor for name, tensor in parts.items()}
+        tensors |= _prefixed(f"client_{client}", parts)
     return tensors, about
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _named(model: Model, vectors: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

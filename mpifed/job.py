@@ -13,7 +13,8 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -121,6 +122,11 @@ class Evaluate(_Table):
     """`[evaluate]`: when and how the model is tested."""
 
     every_rounds: int = Field(default=1, ge=0, description="Rounds between two tests; 0 tests at the end only.")
+    own: bool = Field(
+        default=False,
+        description="Test as well what every client, absent ones too, would use at the beginning of the round, on its"
+        " own test samples (the partition's, or else those of its labels): `accuracy_own`, correct over samples.",
+    )
     batch_size: int = Field(default=1000, ge=1, description="Examples in a batch of the test.")
 
 
@@ -144,6 +150,9 @@ class Component(_Table):
     table: ClassVar[str]
     registry: ClassVar[tuple[str, str]]
     given: ClassVar[tuple[str, ...]] = ()
+    """Parameters that the program fills in."""
+    nested: ClassVar[tuple[str, ...]] = ()
+    """Parameters that are components themselves."""
 
     name: str
 
@@ -162,31 +171,63 @@ class Component(_Table):
         return self.target(*given, **self.parameters)
 
     @classmethod
-    def _resolve(cls, name: str) -> Callable[..., Any]:
+    def _resolve(cls, name: str, key: str = "") -> Callable[..., Any]:
         module, attribute = cls.registry
-        return resolve(getattr(importlib.import_module(module), attribute), name, f"{cls.table}.name")
+        return resolve(getattr(importlib.import_module(module), attribute), name, key or f"{cls.table}.name")
 
     @model_validator(mode="before")
     @classmethod
     def _bind(cls, table: Any) -> Any:
         if not isinstance(table, dict):
             return table
-        own = {key: value for key, value in table.items() if key in cls.model_fields}
+        kept = (*cls.model_fields, *cls.nested)
+        own = {key: value for key, value in table.items() if key in kept}
         name = own.get("name", cls.model_fields["name"].default)
         if not isinstance(name, str):
             return own
         parameters = {key: value for key, value in table.items() if key not in own}
-        bound = bind(cls._resolve(name), parameters, cls.table, given=cls.given, siblings=tuple(cls.model_fields))
+        bound = bind(cls._resolve(name), parameters, cls.table, (*cls.given, *cls.nested), tuple(cls.model_fields))
         return own | bound
 
 
 class AlgorithmTable(Component):
-    """`[algorithm]`: a frozen dataclass on `mpifed.algorithms.base.Algorithm`; its fields are the hyper-parameters."""
+    """`[algorithm]`: a frozen dataclass on `mpifed.algorithms.base.Algorithm`; its fields are the hyper-parameters.
+
+    An algorithm that is built on another one has a field `base`: in the job a name, or a table such as this one.
+    """
 
     table = "algorithm"
     registry = ("mpifed.algorithms", "ALGORITHMS")
+    nested = ("base",)
 
     name: str = Field(default="fedavg", description="The federated algorithm.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bind_base(cls, table: Any) -> Any:
+        """The base's own parameters bound as the algorithm's are; runs before `_bind`, which leaves `base` alone."""
+        if not isinstance(table, dict) or not isinstance(table.get("name", "fedavg"), str):
+            return table
+        if not accepts(cls._resolve(table.get("name", "fedavg")), "base"):
+            return table
+        base = table.get("base", {"name": "fedavg"})
+        base = {"name": base} if isinstance(base, str) else base
+        if not isinstance(base, dict) or not isinstance(base.get("name", "fedavg"), str):
+            raise BadInput(f"algorithm.base: must be the name of an algorithm or a table, but the job says {base!r}")
+        name = base.get("name", "fedavg")
+        target = cls._resolve(name, "algorithm.base")
+        if accepts(target, "base"):
+            raise BadInput(f"algorithm.base: '{name}' is built on a base itself; choose one that is not")
+        parameters = {key: value for key, value in base.items() if key != "name"}
+        return table | {"base": {"name": name} | bind(target, parameters, "algorithm.base", siblings=("name",))}
+
+    def make(self, *given: Any) -> Any:
+        """The algorithm, on its base where it has one."""
+        parameters = self.parameters
+        if "base" in parameters:
+            base = dict(parameters["base"])
+            parameters["base"] = self._resolve(base.pop("name"), "algorithm.base")(**base)
+        return self.target(*given, **parameters)
 
 
 class ModelTable(Component):
@@ -203,6 +244,16 @@ class ModelTable(Component):
     )
 
 
+class ClientModelTable(Component):
+    """One of `[[client_models]]`: as `[model]`, without a say about running statistics, which stay with the client."""
+
+    table = "client_models"
+    registry = ("mpifed.models", "MODELS")
+    given = ("spec",)
+
+    name: str = Field(description="The model.")
+
+
 class PartitionTable(Component):
     """`[data.partition]`: a function of the labels that deals the examples to the clients."""
 
@@ -211,6 +262,21 @@ class PartitionTable(Component):
     given = ("labels", "clients", "rng", "test_labels", "owner")
 
     name: str = Field(default="iid", description="How the training examples are dealt to the clients.")
+
+
+class PublicTable(Component):
+    """`[data.public]`: a function that returns the public data set, which the server and every client have whole."""
+
+    table = "data.public"
+    registry = ("mpifed.data", "SOURCES")
+    given = ("root",)
+
+    name: str = Field(description="The public data set; its training samples are used.")
+
+    def make(self, *given: Any) -> Any:
+        """Read the data set; `given`: the root of the private one."""
+        (root,) = given
+        return self.target(**({"root": root} if accepts(self.target, "root") else {}), **self.parameters)
 
 
 class DataTable(Component):
@@ -225,6 +291,17 @@ class DataTable(Component):
     partition: PartitionTable = Field(
         default_factory=PartitionTable,
         description="How the examples are dealt to the clients.",
+    )
+    public: PublicTable | None = Field(
+        default=None, description="A public data set beside the private one, for the algorithms that use one."
+    )
+    public_classes: Literal["union", "shared"] = Field(
+        default="shared",
+        description="`shared`: public and private labels mean the same classes. `union`: the private classes come after"
+        " the public ones, and models put out all of them (FedMD).",
+    )
+    public_samples: int = Field(
+        default=0, ge=0, description="So many of the public training samples, drawn from the seed; 0 takes all."
     )
 
     def make(self, *given: Any) -> Any:
@@ -302,6 +379,11 @@ class Job(_Table):
         default_factory=AlgorithmTable, description="The algorithm and its hyper-parameters."
     )
     model: ModelTable = Field(description="The model and its parameters.")
+    client_models: tuple[ClientModelTable, ...] = Field(
+        default=(),
+        description="Models of the clients' own, dealt in turn: client k has number k modulo their count; none: all"
+        " have `[model]`.",
+    )
     data: DataTable = Field(description="The data set and its parameters.")
     local: LocalTraining = Field(default_factory=LocalTraining, description="Training on a client.")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="Testing.")
@@ -312,6 +394,8 @@ class Job(_Table):
         if isinstance(self.participation, int) and self.participation > self.clients:
             raise BadInput(f"participation: {self.participation} clients in a round, but clients is {self.clients}")
         algorithm = self._algorithm()
+        if getattr(algorithm, "needs_public", False) and self.data.public is None:
+            raise BadInput(f"data.public: {self.algorithm.name} needs a public data set; name one in [data.public]")
         most = 1 if algorithm.pooled else self.most_participants
         if self.min_replies > most:
             raise BadInput(f"min_replies: {self.min_replies} replies can never come from {most} client(s) in a round")
@@ -396,7 +480,8 @@ def load(text: str | None, overrides: Sequence[str] = (), source: str = "the job
     """The job in a TOML `text` (None: `DEFAULT_JOB`) with `overrides` such as `local.lr=0.05`.
 
     The value of an override is read as TOML, or else taken as a bare string. An override that changes the `name` in a
-    table drops the parameters of the old name; one that sets `local.steps` drops `local.epochs`, and the reverse.
+    table drops the parameters of the old name; one that sets `local.steps` drops `local.epochs`, and the reverse. Where
+    clients have models of their own, the first of them is `[model]` if that is left out.
     `source` is the file's name for the message of a syntax error. Raises `BadInput`, one line for each fault, naming
     the dotted keys.
     """
@@ -407,6 +492,8 @@ def load(text: str | None, overrides: Sequence[str] = (), source: str = "the job
         where = str(error).replace("at end of document", f"at line {len(text.splitlines())}, the end")
         raise BadInput(f"{source} is not valid TOML: {where}") from error
     _override(document, overrides)
+    if "model" not in document and isinstance(own := document.get("client_models"), list) and own:
+        document["model"] = own[0]
     for key, value in _flatten(document):
         if isinstance(value, datetime.datetime | datetime.date | datetime.time):
             raise BadInput(f"{key}: no key holds a date or a time, but the job says {value}")
@@ -427,8 +514,14 @@ def keys(model: type[BaseModel] = Job, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the job that is not a parameter of a component, tables too."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
+        if (table := table_of(field.annotation)) is not None:
+            yield from keys(table, f"{prefix}{name}.")
+
+
+def table_of(annotation: Any) -> type[BaseModel] | None:
+    """The class of a field that holds a table, or a table or None; None for any other field."""
+    parts = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), None)
 
 
 def _unknown(key: str) -> BadInput:
@@ -483,11 +576,17 @@ def _value(text: str) -> Any:
 
 def _set(document: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     table = document
-    for part in path[:-1]:
+    for depth, part in enumerate(path[:-1], start=1):
+        if path[:depth] == ("algorithm", "base") and isinstance(table.get(part), str):
+            table[part] = {"name": table[part]}
         if not isinstance(table.get(part), dict):
             table[part] = {}
         table = table[part]
-    components = {component.table: component for component in (AlgorithmTable, ModelTable, DataTable, PartitionTable)}
+    if path == ("algorithm", "base", "name") and value != table.get("name", "fedavg"):
+        table.clear()
+    components = {
+        component.table: component for component in (AlgorithmTable, ModelTable, DataTable, PartitionTable, PublicTable)
+    }
     component = components.get(".".join(path[:-1]))
     if component and path[-1] == "name" and value != table.get("name", component.model_fields["name"].default):
         for parameter in [key for key in table if key not in component.model_fields]:
@@ -533,6 +632,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_toml_key(key)} = {_toml_value(item)}' for key, item in value.items())}}}"
+        items = [f"{_toml_key(key)} = {_toml_value(item)}" for key, item in value.items() if item is not None]
+        return f"{{{', '.join(items)}}}"
     # JSON's strings, numbers and booleans are TOML's, but for the one control character that JSON leaves bare.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

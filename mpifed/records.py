@@ -21,6 +21,7 @@ class Report:
 
     logged: dict[int, dict[str, float]]  # by client: the numbers that it logged
     absent: dict[int, str]  # by client: why its reply does not count
+    own_tests: list[int]  # right answers and samples of the clients' own tests
     sent: dict[str, int]  # MPI bytes by traffic label
     received: dict[str, int]
     seconds: dict[str, float]  # by activity
@@ -28,15 +29,16 @@ class Report:
     def to_bytes(self) -> bytes:
         """JSON; seconds in one width, so that the ledger of mpifed's own messages is the same in every run."""
         seconds = {name: f"{value:013.6f}" for name, value in self.seconds.items()}
-        return json.dumps([self.logged, self.absent, self.sent, self.received, seconds]).encode()
+        return json.dumps([self.logged, self.absent, self.own_tests, self.sent, self.received, seconds]).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Report:
         """The inverse of `to_bytes`."""
-        logged, absent, sent, received, seconds = json.loads(data)
+        logged, absent, own_tests, sent, received, seconds = json.loads(data)
         return cls(
             {int(client): numbers for client, numbers in logged.items()},
             {int(client): reason for client, reason in absent.items()},
+            own_tests,
             sent,
             received,
             {name: float(text) for name, text in seconds.items()},
@@ -101,6 +103,7 @@ class Records:
             "accuracy": None,
             "loss": None,
             **_means({client: numbers for report in reports for client, numbers in report.logged.items()}),
+            **_own_accuracy(reports),
             "clients": sampled,
             "replies": replies,
             "absent": [{"client": client, "reason": gone[client]} for client in sorted(gone)],
@@ -143,6 +146,12 @@ class Records:
             self.ledger.entries += [
                 Entry(round_, *key, rank, *totals[key]) for key in sorted(totals) if any(totals[key])
             ]
+
+
+def _own_accuracy(reports: Sequence[Report]) -> dict[str, float]:
+    """Right answers over samples, of all clients' own tests together; nothing where there were none."""
+    correct, samples = (sum(report.own_tests[part] for report in reports) for part in (0, 1))
+    return {"accuracy_own": correct / samples} if samples else {}
 
 
 def _means(numbers: Mapping[int, Mapping[str, float]]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpifed.algorithms import fedavg, scaffold
-from mpifed.algorithms.base import Absent, Algorithm
+from mpifed.algorithms.base import Absent, Algorithm, Auxiliary
 from mpifed.codecs.identity import Identity
 from mpifed.comm.exchange import Exchange
 from mpifed.comm.inprocess import InProcess
@@ -20,6 +20,7 @@ from mpifed.federation.env import Context
 from mpifed.federation.roster import Assignment
 from mpifed.job import LocalTraining
 from mpifed.learning import local as learning
+from mpifed.models import initialise
 from mpifed.models.flat import FlatModel
 from mpifed.rng import torch_generator
 from mpifed.types import DataSpec, State
@@ -71,7 +72,10 @@ class ToyEnv:
         self.spec = DataSpec((1,), 3)
         self.device = torch.device("cpu")
         self.shared_buffers = True
+        self.local = LocalTraining()
+        self.public = None
         self._model = FlatModel(module)
+        self._auxiliary: dict[str, Auxiliary] = {}
         self._start = self._model.parameters.detach().clone(), self._model.buffers.clone()
 
     def model(self, client: int | None = None) -> FlatModel:
@@ -79,6 +83,12 @@ class ToyEnv:
 
     def initial(self, client: int | None = None) -> tuple[Tensor, Tensor]:
         return self._start[0].clone(), self._start[1].clone()
+
+    def auxiliary(self, name: str, factory: Callable[[], nn.Module]) -> Auxiliary:
+        if name not in self._auxiliary:
+            model = FlatModel(initialise(factory, self.seed))
+            self._auxiliary[name] = Auxiliary(model, model.parameters.detach().clone(), model.buffers.clone())
+        return self._auxiliary[name]
 
     def generator(self, purpose: str, *key: int) -> torch.Generator:
         return torch_generator(self.seed, purpose, *key)

@@ -7,12 +7,12 @@ of them. The engine alone knows about ranks, messages, compression, absent clien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpifed.types import DataSpec, Layout, Payload, State
 
@@ -99,6 +99,7 @@ class Uploads(Protocol):
 class Model(Protocol):
     """A module whose parameters are views of one flat vector (`mpifed.models.flat`)."""
 
+    module: nn.Module
     layout: Layout
     buffer_layout: Layout
     parameters: Tensor  # [d] float32
@@ -125,6 +126,26 @@ class Model(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+class PublicSet(Protocol):
+    """The public data set of the job (`[data.public]`): the server and every client have it whole."""
+
+    labels: Tensor  # int64 [samples], on the CPU
+    classes: int  # its own; with `classes = "union"` the clients' private labels begin after them
+
+    def __len__(self) -> int: ...
+
+    def x(self, indices: Tensor) -> Tensor:
+        """Those samples as model input, float32 `[k, *input_shape]` on the device; `indices` int64 `[k]`."""
+
+
+class Auxiliary(NamedTuple):
+    """A model that is no classifier (a generator, say): one instance on a rank, and its initial values."""
+
+    model: Model  # to be loaded first
+    parameters: Tensor  # [d]
+    buffers: Tensor  # [b]
+
+
 class Env(Protocol):
     """What is known when a run is set up, on the server and on every client alike."""
 
@@ -134,12 +155,24 @@ class Env(Protocol):
     spec: DataSpec
     device: torch.device
     shared_buffers: bool  # running statistics are averaged with the weights (`model.buffers = "average"`)
+    local: Any  # the job's [local] (mpifed.job.LocalTraining)
+
+    @property
+    def public(self) -> PublicSet | None:
+        """The public data set, where the job names one."""
 
     def model(self, client: int | None = None) -> Model:
-        """The server's model, or a client's where models differ: one instance per architecture and rank; load it."""
+        """The model that is shared (`[model]`), or the client's own (`[[client_models]]`, where the job has them).
+
+        One instance per architecture and rank, shared and own never the same one where the job tells them apart; it
+        has to be loaded.
+        """
 
     def initial(self, client: int | None = None) -> tuple[Tensor, Tensor]:
         """That model's initial parameters `[d]` and buffers `[b]`, a function of the seed."""
+
+    def auxiliary(self, name: str, factory: Callable[[], nn.Module]) -> Auxiliary:
+        """The model called `name`, made by `factory()` when it is first asked for; its start depends on the seed."""
 
     def generator(self, purpose: str, *key: int) -> torch.Generator:
         """A generator that depends on the seed, the purpose and the key alone."""
@@ -157,14 +190,20 @@ class ClientContext(Protocol):
     label_counts: Tensor  # int64 [classes]
     x: Tensor  # float32 [examples, *input_shape], standardised, on the device
     y: Tensor  # int64 [examples]
-    model: Model  # to be loaded first
-    local: Any  # mpifed.learning.local.LocalTraining
+    model: Model  # the client's own where models differ, else the shared one; to be loaded first
+    local: Any  # the job's [local] (mpifed.job.LocalTraining)
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator for (seed, purpose, round, client)."""
 
     def log(self, name: str, value: float) -> None:
         """A number for the round's record; the mean over the clients is reported under `name`."""
+
+    def evaluate(self, parameters: Tensor, buffers: Tensor) -> Mapping[str, float]:
+        """`accuracy` and `loss` of `model` with these values on the whole test set: for the record, not to learn from.
+
+        Only where `evaluates` is not `"server"`, since ranks that test nothing hold no test set.
+        """
 
 
 # --- the algorithm ----------------------------------------------------------------------------------------------------
@@ -173,7 +212,8 @@ class Phase:
     """One exchange of a round: a download, what each client does with it, and what the server makes of the replies.
 
     `repeat` runs it that often in a row (a server loop spread over the ranks). `clients="all"` asks every client of
-    the federation, not only those of the round. `down` and `up` may differ from round to round: functions of it.
+    the federation, not only those of the round. `down` and `up` may differ from round to round: functions of it. A
+    phase takes place in the rounds (from 1) for which `rounds` is true; every round needs one.
     """
 
     name: str
@@ -184,6 +224,14 @@ class Phase:
     server: Callable[[State, Uploads, int], State]
     clients: Literal["round", "all"] = "round"
     repeat: int = 1
+    rounds: Callable[[int], bool] = lambda round_: True
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Several models of the shared architecture that predict together: the mean of their logits."""
+
+    members: tuple[tuple[Tensor, Tensor], ...]  # parameters [d] and buffers [b] of each
 
 
 @dataclass(frozen=True)
@@ -194,12 +242,15 @@ class Algorithm:
     phases overrides `phases` instead. Inputs are never changed in place: a download is shared by the clients of a rank.
     """
 
-    evaluates: ClassVar[Literal["server", "clients"]] = "server"
-    """Whose model is tested: the server's, or every client's own (mean over the clients is then the accuracy)."""
+    evaluates: ClassVar[Literal["server", "clients", "both"]] = "server"
+    """Whose model is tested: the server's, or every client's own (the mean over the clients is then the accuracy);
+    with `"both"` the server's too, reported as `server_accuracy`."""
     stateful: ClassVar[bool] = False
     """Clients keep a state between rounds; they are then trained where that state lives."""
     pooled: ClassVar[bool] = False
     """All data in one place: one client holds what the partition gives to all (an upper bound)."""
+    needs_public: ClassVar[bool] = False
+    """The job has to name a public data set (`[data.public]`)."""
 
     def check(self, local: Any) -> None:
         """Raise `ValueError("key: why")` where these hyper-parameters do not go with the job's local training."""
@@ -250,17 +301,37 @@ class Algorithm:
         down, up = self.down(env), self.up(env)
         return (Phase("train", lambda t: down, lambda t: up, self.download, self.client, self.server),)
 
-    def predictor(self, server: State, env: Env) -> tuple[Tensor, Tensor]:
-        """Parameters `[d]` and buffers `[b]` of the model that is evaluated and exported."""
+    def predictor(self, server: State, env: Env) -> tuple[Tensor, Tensor] | Ensemble:
+        """Parameters `[d]` and buffers `[b]` of the model that is evaluated and exported, or several models' of it."""
         raise NotImplementedError
+
+    def received(self, state: State, down: Payload, env: Env, client: int) -> tuple[Tensor, Tensor]:
+        """What a client would use now, having been sent `down` (of the round's first phase) and before it trains.
+
+        For `evaluate.own`, which tests it on every client's own test samples, of absent clients too. The model that was
+        sent, with the client's own running statistics where those are not shared.
+        """
+        if "model" not in down:
+            return self.client_predictor(state, env, client)
+        own = state.get("buffers")
+        return down["model"], down.get("buffers", env.initial(client)[1] if own is None else own)
 
     def client_predictor(self, state: State, env: Env, client: int) -> tuple[Tensor, Tensor]:
         """The same for a client's own model, where `evaluates` is `"clients"`."""
         raise NotImplementedError
 
 
-def field_names(phases: tuple[Phase, ...], round_: int) -> Iterator[tuple[str, str]]:
-    """Every (direction, kind) that a round can exchange, `("down", "model")` and so on, in order."""
-    for phase in phases:
-        yield from (("down", name) for name in phase.down(round_))
-        yield from (("up", name) for name in phase.up(round_))
+def field_names(phases: tuple[Phase, ...]) -> tuple[tuple[str, str], ...]:
+    """Every (direction, kind) that is exchanged, `("down", "model")` and so on, in order.
+
+    Those of rounds 1 and 2: the first may differ from all others.
+    """
+    fields = {
+        (direction, name): None
+        for round_ in (1, 2)
+        for phase in phases
+        if phase.rounds(round_)
+        for direction, of_round in (("down", phase.down), ("up", phase.up))
+        for name in of_round(round_)
+    }
+    return tuple(fields)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mpifed.algorithms.base import Env, Model
+from mpifed.algorithms.base import Auxiliary, Env, Model, PublicSet
 from mpifed.errors import BadInput
 from mpifed.job import Job
-from mpifed.models import build
+from mpifed.models import build, initialise
 from mpifed.models.flat import FlatModel
 from mpifed.rng import derive, torch_generator
 from mpifed.types import DataSpec
@@ -23,33 +24,48 @@ RESERVED = ("round", "clients", "replies", "absent", "bytes", "seconds", "open")
 class RunEnv:
     """`Env` of a job (see `mpifed.algorithms.base`): one model instance per architecture on this rank."""
 
-    def __init__(self, job: Job, spec: DataSpec, clients: int, device: torch.device) -> None:
+    def __init__(
+        self, job: Job, spec: DataSpec, clients: int, device: torch.device, public: PublicSet | None = None
+    ) -> None:
         self.seed = job.seed
         self.rounds = job.rounds
         self.clients = clients
         self.spec = spec
         self.device = device
         self.shared_buffers = job.model.buffers == "average"
+        self.local = job.local
+        self.public = public
         self._job = job
-        self._models: dict[str, tuple[FlatModel, Tensor, Tensor]] = {}
+        self._models: dict[tuple[str, int | str], Auxiliary] = {}
 
-    def model(self, client: int | None = None) -> FlatModel:
-        return self._instance(client)[0]
+    def model(self, client: int | None = None) -> Model:
+        return self._instance(client).model
 
     def initial(self, client: int | None = None) -> tuple[Tensor, Tensor]:
         _, parameters, buffers = self._instance(client)
         return parameters.clone(), buffers.clone()
 
+    def auxiliary(self, name: str, factory: Callable[[], nn.Module]) -> Auxiliary:
+        return self._keep(("auxiliary", name), lambda: initialise(factory, derive(self.seed, "auxiliary", name)))
+
     def generator(self, purpose: str, *key: int) -> torch.Generator:
         return torch_generator(self.seed, purpose, *key)
 
-    def _instance(self, client: int | None) -> tuple[FlatModel, Tensor, Tensor]:
-        table = self._job.model
-        if table.name not in self._models:
-            module = build(table.target, table.parameters, self.spec, derive(self.seed, "model", table.name))
-            model = FlatModel(module.to(self.device))
-            self._models[table.name] = model, model.parameters.detach().clone(), model.buffers.clone()
-        return self._models[table.name]
+    def _instance(self, client: int | None) -> Auxiliary:
+        own = self._job.client_models
+        if client is None or not own:
+            return self._keep(("shared", 0), lambda: self._build(self._job.model, "model"))
+        number = client % len(own)
+        return self._keep(("own", number), lambda: self._build(own[number], "client model", number))
+
+    def _build(self, table: Any, *purpose: str | int) -> nn.Module:
+        return build(table.target, table.parameters, self.spec, derive(self.seed, *purpose, table.name))
+
+    def _keep(self, key: tuple[str, int | str], make: Callable[[], nn.Module]) -> Auxiliary:
+        if key not in self._models:
+            model = FlatModel(make().to(self.device))
+            self._models[key] = Auxiliary(model, model.parameters.detach().clone(), model.buffers.clone())
+        return self._models[key]
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -75,6 +91,7 @@ class Context:
         samples: tuple[Tensor, Tensor],
         mean_examples: float,
         local: Any,
+        test: Callable[[tuple[Tensor, Tensor], int], Mapping[str, float]] | None = None,
     ) -> None:
         self.env: Env = env
         self.id = client
@@ -87,6 +104,7 @@ class Context:
         self.model: Model = env.model(client)
         self.local = local
         self.logged: dict[str, float] = {}
+        self._test = test
 
     def generator(self, purpose: str) -> torch.Generator:
         return torch_generator(self.env.seed, purpose, self.round, self.id)
@@ -95,6 +113,11 @@ class Context:
         if name in RESERVED or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ValueError(f"a number cannot be logged as '{name}': letters, digits, _ and -, and not {RESERVED}")
         self.logged[name] = float(value)
+
+    def evaluate(self, parameters: Tensor, buffers: Tensor) -> Mapping[str, float]:
+        if self._test is None:
+            raise RuntimeError('a client can be tested only where the algorithm evaluates "clients" or "both"')
+        return self._test((parameters, buffers), self.id)
 
     def owned(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy of it where it is part of the model's own memory, which the next client overwrites."""

@@ -19,6 +19,7 @@ from mpifed.codecs import CODECS, Codec, parse
 from mpifed.comm.communicator import Communicator
 from mpifed.component import accepts, resolve
 from mpifed.data.partition import Partition
+from mpifed.data.public import Public, Relabelled
 from mpifed.data.source import Source
 from mpifed.errors import BadInput
 from mpifed.federation.env import RunEnv, choose_device
@@ -54,6 +55,7 @@ class Federation:
     env: RunEnv
     hosts: list[str]
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _own_tests: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def build(cls, job: Job, comm: Communicator) -> Federation:
@@ -72,10 +74,13 @@ class Federation:
         partition = make_partition(job, source)
         if algorithm.pooled:
             partition = Partition((np.sort(np.concatenate(partition.train)),))
-        env = RunEnv(job, source.spec, len(partition.train), choose_device(job.device, local_rank))
+        device = choose_device(job.device, local_rank)
+        public = make_public(job, source, device)
+        if public is not None and job.data.public_classes == "union":
+            source = Relabelled(source, public.classes)
+        env = RunEnv(job, source.spec, len(partition.train), device, public)
         _check_names(job, algorithm, env)
         _check_codec_fields(job, algorithm, env)
-        env.model()  # an unfit model is found here, before round 1
         roster = Roster(
             seed=job.seed,
             ranks=comm.size,
@@ -84,6 +89,9 @@ class Federation:
             sampling=job.sampling,
             stateful=algorithm.stateful or _kept_beside(job, algorithm, env),
         )
+        env.model()  # an unfit model is found here, before round 1
+        for client in roster.deal(range(roster.clients)).by_rank[comm.rank]:
+            env.model(client)
         classes = source.spec.classes
         histogram = np.stack([np.bincount(source.train_labels[mine], minlength=classes) for mine in partition.train])
         return cls(job, comm, algorithm, source, histogram, partition, roster, env, hosts)
@@ -104,12 +112,30 @@ class Federation:
         """
         if self.source is None:
             return
-        if self.comm.rank == 0 if self.algorithm.evaluates == "server" else self.comm.rank in self.roster.hosts:
+        tests_server = self.algorithm.evaluates != "clients" and self.comm.rank == 0
+        tests_clients = self.algorithm.evaluates != "server" and self.comm.rank in self.roster.hosts
+        if tests_server or tests_clients:
             self.test_set  # noqa: B018  (kept from here on)
+        hosted = self.roster.deal(range(self.clients)).by_rank[self.comm.rank]
+        if self.job.evaluate.own:
+            own = self._own_test_indices()
+            self._own_tests = {client: self.source.take("test", own[client]) for client in hosted}
         if self.roster.fixed:
-            for client in self.roster.deal(range(self.clients)).by_rank[self.comm.rank]:
+            for client in hosted:
                 self._kept[client] = self.source.take("train", self.partition.train[client])
             self.source = None
+
+    def own_tests(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """With `evaluate.own`, the own test samples, as stored, of every client that this rank hosts."""
+        return self._own_tests
+
+    def _own_test_indices(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """Those of the partition, or, where it gives none, all test samples of the labels that a client trains on."""
+        if self.partition.test is not None:
+            return self.partition.test
+        assert self.source is not None
+        labels = self.source.test_labels
+        return tuple(np.flatnonzero(row[labels] > 0) for row in self.histogram)
 
     def samples(self, client: int) -> tuple[Tensor, Tensor]:
         """A client's training samples on the device: x float32 `[n, *input_shape]`, standardised, and y int64 `[n]`."""
@@ -133,7 +159,7 @@ class Federation:
 def _check_names(job: Job, algorithm: Algorithm, env: RunEnv) -> None:
     """Raise BadInput where a phase or a field has a name that the ledger cannot hold."""
     phases = algorithm.phases(env)
-    for name in (*(phase.name for phase in phases), *(name for _, name in field_names(phases, 1))):
+    for name in (*(phase.name for phase in phases), *(name for _, name in field_names(phases))):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise BadInput(
                 f"algorithm.name: {job.algorithm.name} names a phase or field '{name}'; use letters, digits, _, -"
@@ -142,7 +168,7 @@ def _check_names(job: Job, algorithm: Algorithm, env: RunEnv) -> None:
 
 def _check_codec_fields(job: Job, algorithm: Algorithm, env: RunEnv) -> None:
     """Raise BadInput where the job's codec table names a field that the algorithm does not exchange."""
-    known = dict.fromkeys(f"{way}.{name}" for way, name in field_names(algorithm.phases(env), 1))
+    known = dict.fromkeys(f"{way}.{name}" for way, name in field_names(algorithm.phases(env)))
     for name in {} if isinstance(job.codec, str) else job.codec:
         if name not in known:
             raise BadInput(
@@ -154,7 +180,7 @@ def _kept_beside(job: Job, algorithm: Algorithm, env: RunEnv) -> bool:
     """Clients keep something that is not the algorithm's: their own running statistics, or a codec's memory."""
     if not env.shared_buffers and env.model().buffer_layout.size > 0:
         return True
-    names = dict.fromkeys(name for direction, name in field_names(algorithm.phases(env), 1) if direction == "up")
+    names = dict.fromkeys(name for direction, name in field_names(algorithm.phases(env)) if direction == "up")
     return any(_codec(job.codec_of("up", name), f"codec.up.{name}").stateful for name in names)
 
 
@@ -163,6 +189,25 @@ def _codec(text: str, key: str) -> Codec:
     name, parameters = parse(text, key)
     codec: Codec = resolve(CODECS, name, key)(**parameters)
     return codec
+
+
+def make_public(job: Job, source: Source, device: torch.device) -> Public | None:
+    """The job's public data set. Raises BadInput where it does not fit the private one."""
+    table = job.data.public
+    if table is None:
+        return None
+    public: Source = table.make(job.data.root)
+    if public.spec.input_shape != source.spec.input_shape:
+        raise BadInput(
+            f"data.public.name: '{table.name}' has samples of shape {public.spec.input_shape}, but '{job.data.name}' "
+            f"of {source.spec.input_shape}; choose a public data set of the same shape"
+        )
+    samples = len(public.train_labels)
+    most = job.data.public_samples or samples
+    if most > samples:
+        raise BadInput(f"data.public_samples: '{table.name}' has only {samples} samples, but the job says {most}")
+    chosen = np.sort(numpy_generator(job.seed, "public").permutation(samples)[:most])
+    return Public(public, chosen, device)
 
 
 def make_partition(job: Job, source: Source) -> Partition:

@@ -15,7 +15,7 @@ def planned_bytes(federation: Federation) -> tuple[dict[str, int], list[str]]:
     open_kinds: list[str] = []
     for round_ in range(1, job.rounds + 1):
         sampled = len(federation.roster.sample(round_))
-        for phase in phases:
+        for phase in (phase for phase in phases if phase.rounds(round_)):
             asked = (sampled if phase.clients == "round" else federation.clients) * phase.repeat
             for direction, fields in (("down", phase.down(round_)), ("up", phase.up(round_))):
                 for name, declared in fields.items():

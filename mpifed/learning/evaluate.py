@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,8 +40,12 @@ def evaluate(
     *,
     standardise: Callable[[Tensor], Tensor] | None = None,
     between: Callable[[], None] | None = None,
+    members: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Evaluation:
     """Test `model` in evaluation mode, without gradients; its mode is restored, also when something raises.
+
+    With `members`, parameters `[d]` and buffers `[b]` that are loaded into `model`: one, or several that predict
+    together, by the mean of their logits (an ensemble). Without, the model is tested as it is.
 
     `x` `[examples, *input_shape]` is model input, or, with `standardise`, stored samples (uint8, say) that it makes
     into model input batch by batch. `y` is int64 `[examples]`. Both may lie on another device than the model.
@@ -58,11 +62,14 @@ def evaluate(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     training = model.training
     model.eval()
+    if len(members) == 1:
+        model.load(*members[0])
     try:
         with torch.no_grad():
             for samples, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
                 samples, labels = samples.to(device), labels.to(device)
-                logits = model(samples if standardise is None else standardise(samples))
+                inputs = samples if standardise is None else standardise(samples)
+                logits = model(inputs) if len(members) < 2 else _mean_logits(model, members, inputs)
                 loss += functional.cross_entropy(logits, labels, reduction="none").sum(dtype=torch.float64)
                 correct += (logits.argmax(dim=1) == labels).sum()
                 if between is not None:
@@ -70,3 +77,12 @@ def evaluate(
     finally:
         model.train(training)
     return Evaluation(correct.item() / examples, loss.item() / examples, examples, int(correct.item()))
+
+
+def _mean_logits(model: Evaluated, members: Sequence[tuple[Tensor, Tensor]], inputs: Tensor) -> Tensor:
+    """`[batch, classes]`."""
+    total = torch.zeros((), device=inputs.device)
+    for member in members:
+        model.load(*member)
+        total = total + model(inputs)
+    return total / len(members)

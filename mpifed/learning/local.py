@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,17 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from mpifed.algorithms.base import ClientContext
+from mpifed.algorithms.base import ClientContext, Model
+from mpifed.types import State
 
 Correction = Callable[[Tensor, Tensor], None]
 """`correction(parameters, gradient)`: adds to the gradient `[d]`, in place."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`loss(logits [batch, classes], labels [batch]) -> scalar`."""
+
+Objective = Callable[[Model, Tensor, Tensor], Tensor]
+"""`objective(model, inputs [batch, ...], labels [batch]) -> scalar`: for losses of more than the logits."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,18 @@ def local_training(
     ctx: ClientContext,
     correction: Correction | None = None,
     loss: Loss = F.cross_entropy,
+    objective: Objective | None = None,
 ) -> Trained:
     """Train `ctx.model` (loaded by the caller) on the client's samples, as `ctx.local` says; logs `train_loss`.
 
-    Optimiser state (momentum, Adam's moments) is new every round. Raises FloatingPointError where the loss is not
-    finite.
+    Minimises `objective`, or, without one, `loss` of the model's logits. Optimiser state (momentum, Adam's moments) is
+    new every round. Raises FloatingPointError where the loss is not finite.
     """
     model, local = ctx.model, ctx.local
     rate = learning_rate(local, ctx.round, ctx.env.rounds)
     parameters = model.parameters.detach()
     parts = list(model.layout.views(parameters).values())
-    optimizer = _Adam(parts, local, rate) if local.optimizer == "adam" else _Sgd(parts, local, rate)
+    optimizer = make_optimizer(parts, local, rate)
     model.train()
     _seed(ctx, "dropout")
     lower = local.precision == "bfloat16"
@@ -98,7 +103,7 @@ def local_training(
     for x, y in batches(ctx):
         model.drop_gradient()
         with precision:
-            value = loss(model(x), y)
+            value = loss(model(x), y) if objective is None else objective(model, x, y)
         value.backward()
         if correction is not None or local.clip_norm > 0:
             model.gather_gradient()
@@ -155,7 +160,19 @@ def _seed(ctx: ClientContext, purpose: str) -> None:
         torch.cuda.manual_seed(seed)
 
 
-class _Sgd:
+class Optimizer(Protocol):
+    """What steps the tensors that it was made for."""
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """One step, in place; `gradients` in the order and the shapes of the parameters."""
+
+
+def make_optimizer(parameters: list[Tensor], settings: Any, rate: float) -> Optimizer:
+    """SGD or Adam over `parameters` (detached, changed in place) as `settings` (of the form of `[local]`) say."""
+    return Adam(parameters, settings, rate) if settings.optimizer == "adam" else Sgd(parameters, settings, rate)
+
+
+class Sgd:
     """`torch.optim.SGD`.
 
     By its functional form, as Adam below: the first `Optimizer` of a process imports torch's compiler, which costs
@@ -179,17 +196,27 @@ class _Sgd:
         sgd(self._parameters, gradients, self._velocities, **self._options)
 
 
-class _Adam:
-    """`torch.optim.Adam` with its default betas and epsilon."""
+class Adam:
+    """`torch.optim.Adam`, by default with its betas and epsilon.
 
-    def __init__(self, parameters: list[Tensor], local: Any, rate: float) -> None:
+    `state()` and `restore()` carry the moments from one round to the next, where an algorithm keeps them in the
+    client's or the server's state.
+    """
+
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        settings: Any,
+        rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
         self._parameters = parameters
         self._options = {
             "lr": rate,
-            "beta1": 0.9,
-            "beta2": 0.999,
+            "beta1": betas[0],
+            "beta2": betas[1],
             "eps": 1e-8,
-            "weight_decay": local.weight_decay,
+            "weight_decay": settings.weight_decay,
             "amsgrad": False,
             "maximize": False,
             "foreach": parameters[0].is_cuda,
@@ -200,3 +227,17 @@ class _Adam:
 
     def step(self, gradients: list[Tensor]) -> None:
         adam(self._parameters, gradients, self._means, self._squares, [], self._steps, **self._options)
+
+    def state(self) -> State:
+        """`mean` and `square`, the moments `[d]`, and `steps`, how many were made."""
+        flat = [torch.cat([part.reshape(-1) for part in parts]) for parts in (self._means, self._squares)]
+        return {"mean": flat[0], "square": flat[1], "steps": self._steps[0].clone()}
+
+    def restore(self, state: State) -> None:
+        """Go on from what `state()` gave."""
+        sizes = [part.numel() for part in self._parameters]
+        for moments, name in ((self._means, "mean"), (self._squares, "square")):
+            for moment, part in zip(moments, state[name].split(sizes), strict=True):
+                moment.copy_(part.view_as(moment))
+        for steps in self._steps:
+            steps.copy_(state["steps"])

@@ -31,6 +31,7 @@ from mpifed.job import (
     check_resume,
     keys,
     load,
+    table_of,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -489,6 +490,8 @@ HASHED_CHANGES = [
     "local.steps=5",
     "local.precision=bfloat16",
     "evaluate.every_rounds=2",
+    "client_models=[{name='mlp'}]",
+    "data.public_classes=union",
 ]
 
 
@@ -592,6 +595,97 @@ def test_the_jobs_of_papers_have_the_papers_numbers() -> None:
     assert scaffold.most_participants == 20 and -(-1128 // scaffold.local.batch_size) == 5
 
 
+# --- components within components -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Tuned(FedAvg):
+    base: Any = None
+    steps: int = 10
+
+
+@pytest.fixture
+def tuned(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["fake_components"], "Tuned", Tuned, raising=False)
+    algorithms = importlib.import_module("mpifed.algorithms").ALGORITHMS
+    monkeypatch.setitem(algorithms, "tuned", "fake_components:Tuned")
+
+
+@pytest.mark.usefixtures("tuned")
+@pytest.mark.parametrize(
+    ("overrides", "base"),
+    [
+        ([], FedAvg()),
+        (["algorithm.base=scaffold"], Scaffold("II")),
+        (["algorithm.base={name='fedprox', mu=0.5}"], FedProx(0.5)),
+        (["algorithm.base=fedprox", "algorithm.base_is_no_key=1"], None),
+        (["algorithm.base.name=fedprox", "algorithm.base.mu=0.5"], FedProx(0.5)),
+    ],
+)
+def test_an_algorithm_on_a_base(overrides: list[str], base: FedAvg | None) -> None:
+    """The base's own parameters are bound and written down as the algorithm's are."""
+    if base is None:
+        with pytest.raises(BadInput, match=r"algorithm.base_is_no_key"):
+            load(JOB, ["algorithm.name=tuned", *overrides])
+        return
+    job = load(JOB, ["algorithm.name=tuned", *overrides])
+    assert job.algorithm.make() == Tuned(base, 10)
+    assert load(job.to_toml()) == job == Job.from_canonical(job.canonical())
+
+
+@pytest.mark.usefixtures("tuned")
+def test_a_base_keeps_its_name_when_one_of_its_keys_is_overridden() -> None:
+    text = load(JOB, ["algorithm.name=tuned", "algorithm.base={name='fedprox', mu=0.5}"]).to_toml()
+    assert load(text, ["algorithm.base.mu=0.25"]).algorithm.make() == Tuned(FedProx(0.25), 10)
+    assert load(text, ["algorithm.base.name=scaffold"]).algorithm.make() == Tuned(Scaffold("II"), 10)
+    short = 'rounds=1\nclients=2\nalgorithm={name="tuned", base="fedprox"}\nmodel={name="mlp"}\ndata={name="digits"}'
+    assert load(short, ["algorithm.base.mu=0.25"]).algorithm.make() == Tuned(FedProx(0.25), 10)
+
+
+@pytest.mark.usefixtures("tuned")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.base=nothing", r"^algorithm.base: 'nothing' is not known"),
+        ("algorithm.base=tuned", r"^algorithm.base: 'tuned' is built on a base itself"),
+        ("algorithm.base=3", r"^algorithm.base: must be the name of an algorithm or a table"),
+        ("algorithm.base={name='fedprox', nu=1}", r"`algorithm.base.nu` is not a key of FedProx; .*mu"),
+        ("algorithm.base={name='fedprox', mu=-1.0}", r"^algorithm.base.mu: .*at least 0"),
+    ],
+)
+def test_a_malformed_base_is_refused_by_name(override: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        load(JOB, ["algorithm.name=tuned", override])
+
+
+@uses_fakes
+def test_models_of_the_clients_own() -> None:
+    job = load(JOB, ["client_models=[{name='mlp', hidden=[5]}, {name='resnet18', stem='cifar'}]"])
+    assert [table.name for table in job.client_models] == ["mlp", "resnet18"]
+    assert job.client_models[0].parameters == {"hidden": (5,), "dropout": 0.0}
+    assert load(job.to_toml()) == job
+    without = "\n".join(JOB.split("[model]")[0].splitlines()) + "\n[data]" + JOB.split("[data]", 1)[1]
+    alone = load(without, ["client_models=[{name='mlp', hidden=[5]}]"])
+    assert (alone.model.name, alone.model.parameters["hidden"]) == ("mlp", (5,))
+
+
+@uses_fakes
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("client_models=[{name='mlpp'}]", r"^client_models.name: 'mlpp' is not known; did you mean `mlp`"),
+        ("client_models=[{name='mlp', hiden=[5]}]", r"client_models.hiden. is not a key of mlp"),
+        ("client_models=[{name='mlp', buffers='local'}]", r"client_models.buffers. is not a key of mlp"),
+        ("client_models=mlp", r"^client_models: "),
+        ("data.public.name=mnis", r"^data.public.name: 'mnis' is not known; did you mean `mnist`"),
+        ("data.public={}", r"^data.public.name: is missing"),
+        ("data.public_samples=-1", r"^data.public_samples: "),
+        ("data.public_classes=both", r"^data.public_classes: "),
+    ],
+)
+def test_malformed_models_and_public_sets_are_refused_by_name(override: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        load(JOB, [override])
+
+
 # --- the reference page -----------------------------------------------------------------------------------------------
 REFERENCE = (ROOT / "docs" / "job.md").read_text()
 ROWS = {
@@ -607,9 +701,9 @@ def test_the_reference_has_every_key_with_its_default_and_meaning() -> None:
         *tables, name = key.split(".")
         model = Job
         for table in tables:
-            model = model.model_fields[table].annotation
+            model = table_of(model.model_fields[table].annotation)
         field = model.model_fields[name]
-        if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+        if table_of(field.annotation) is not None:
             assert f"\n## `[{key}]`" in REFERENCE, f"docs/job.md: no section [{key}]"
             continue
         assert key in ROWS, f"docs/job.md: no row for {key}"

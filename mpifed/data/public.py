@@ -1,0 +1,55 @@
+"""The public data set of a job: labelled samples that the server and every client have, beside the private ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpifed.data.source import Source, Split
+
+
+class Public:
+    """`PublicSet` (see `mpifed.algorithms.base`): some training samples of a source, taken when first asked for.
+
+    Its pixels are standardised by its own mean and deviation.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, device: torch.device) -> None:
+        self._source = source
+        self._indices = indices
+        self._device = device
+        self.labels = torch.from_numpy(source.train_labels[indices].astype(np.int64))
+        self.classes = source.spec.classes
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def x(self, indices: Tensor) -> Tensor:
+        """Samples `indices` (int64 `[k]`) as model input, float32 `[k, *input_shape]`, on the device."""
+        return self._source.spec.standardise(self._stored[indices.cpu()].to(self._device))
+
+    @cached_property
+    def _stored(self) -> Tensor:
+        """All of them as stored: in memory once a rank, a quarter of what they take as float32."""
+        return self._source.take("train", self._indices)[0]
+
+
+class Relabelled:
+    """A source whose labels begin at `offset`: the private classes after the public ones, for one common output."""
+
+    def __init__(self, source: Source, offset: int) -> None:
+        self._source = source
+        self.spec = replace(source.spec, classes=offset + source.spec.classes)
+        self.train_labels = source.train_labels + offset
+        self.test_labels = source.test_labels + offset
+        self.train_owner = source.train_owner
+        self._offset = offset
+
+    def take(self, split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """See `Source.take`."""
+        x, y = self._source.take(split, indices)
+        return x, y + self._offset
