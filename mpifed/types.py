@@ -19,20 +19,34 @@ Payload: TypeAlias = dict[str, Tensor]
 """What crosses the network in one direction: one tensor per declared field."""
 
 
+PADDING, UNKNOWN = 0, 1
+"""The token ids of a text that are no token of its vocabulary (see `DataSpec`)."""
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """What a model has to know about a data set: the input's shape without the batch, and the number of classes.
 
     `mean` and `std` (one per channel, in units of the scaled input) standardise `uint8` pixels after division by 255.
+    A text is token ids in [0, `vocabulary`), and `input_shape` its number of tokens: id 0 is padding, after the last
+    token, and 1 any token that the vocabulary has not. Where samples are no texts, `vocabulary` is 0.
     """
 
     input_shape: tuple[int, ...]
     classes: int
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    vocabulary: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a model's input: int64 where it is token ids, else float32."""
+        return torch.int64 if self.vocabulary else torch.float32
 
     def standardise(self, x: Tensor) -> Tensor:
-        """Stored samples `[n, *input_shape]` (uint8 or float32) -> float32 model input of the same shape."""
+        """Stored samples `[n, *input_shape]` (uint8, float32, token ids) -> model input of that shape and `dtype`."""
+        if self.vocabulary:
+            return x.to(torch.int64)
         if x.dtype != torch.uint8:
             return x.to(torch.float32)
         shape = (1, len(self.mean)) + (1,) * (len(self.input_shape) - 1)

@@ -188,7 +188,7 @@ class ClientContext(Protocol):
     examples: int
     relative_examples: float  # examples over the mean of all clients'
     label_counts: Tensor  # int64 [classes]
-    x: Tensor  # float32 [examples, *input_shape], standardised, on the device
+    x: Tensor  # [examples, *input_shape] on the device: float32, standardised, or int64 token ids
     y: Tensor  # int64 [examples]
     model: Model  # the client's own where models differ, else the shared one; to be loaded first
     local: Any  # the job's [local] (mpifed.job.LocalTraining)

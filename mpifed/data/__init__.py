@@ -15,6 +15,10 @@ SOURCES: dict[str, str] = {
     "cifar10": "mpifed.data.vision:cifar10",
     "cifar100": "mpifed.data.vision:cifar100",
     "svhn": "mpifed.data.vision:svhn",
+    "ade_corpus": "mpifed.data.text:ade_corpus",
+    "sst2": "mpifed.data.text:sst2",
+    "trec": "mpifed.data.text:trec",
+    "sms_spam": "mpifed.data.text:sms_spam",
     "synthetic": "mpifed.data.synthetic:Synthetic",
 }
 """Callables that return a `mpifed.data.source.Source`."""

@@ -32,12 +32,15 @@ class Source(Protocol):
     train_owner: np.ndarray | None  # int64 [train samples]: who a sample came from (a writer, a hospital), if known
 
     def take(self, split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Copies of those samples as stored, uint8 or float32 `[k, *input_shape]`, and their int64 labels `[k]`."""
+        """Copies of those samples as stored, `[k, *input_shape]`, and their int64 labels `[k]`.
+
+        They are uint8 or float32, or int32 token ids where `spec.vocabulary` says so.
+        """
 
 
 @dataclass(eq=False)
 class ArraySource:
-    """A source over arrays `[n, *input_shape]` (uint8 or float32), in memory or mapped from a file."""
+    """A source over arrays `[n, *input_shape]` (uint8, float32 or int32 token ids), in memory or mapped from a file."""
 
     spec: DataSpec
     train_samples: np.ndarray

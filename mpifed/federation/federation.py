@@ -138,7 +138,7 @@ class Federation:
         return tuple(np.flatnonzero(row[labels] > 0) for row in self.histogram)
 
     def samples(self, client: int) -> tuple[Tensor, Tensor]:
-        """A client's training samples on the device: x float32 `[n, *input_shape]`, standardised, and y int64 `[n]`."""
+        """A client's training samples on the device: x `[n, *input_shape]` as models take it, and y int64 `[n]`."""
         if self.source is None:
             x, y = self._kept[client]
         else:

@@ -1,8 +1,8 @@
 """Classifiers by name, built as a function of the seed.
 
 A factory is a function `(spec: DataSpec, *, key: type = default, ...) -> nn.Module` from an input's shape to a module
-that maps float32 `[batch, *spec.input_shape]` to logits `[batch, spec.classes]`. Its annotated keywords are the keys of
-the job's `[model]` table. A factory of one's own is named by its import path, `"package.module:function"`.
+that maps `[batch, *spec.input_shape]` of `spec.dtype` to logits `[batch, spec.classes]`. Its annotated keywords are the
+keys of the job's `[model]` table. A factory of one's own is named by its import path, `"package.module:function"`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MODELS: dict[str, str] = {
     "fedmd_cnn": "mpifed.models.fedmd:fedmd_cnn",
     "fd_cnn": "mpifed.models.convolutional:fd_cnn",
     "resnet18": "mpifed.models.resnet:resnet18",
+    "transformer": "mpifed.models.text:transformer",
 }
 """Name in a job -> where the factory is, `"module:function"`; nothing is imported before it is asked for."""
 
@@ -51,7 +52,7 @@ def build(factory: Callable[..., nn.Module], keys: Mapping[str, Any], spec: Data
     module = initialise(lambda: factory(spec, **keys), seed)
     if not isinstance(module, nn.Module):
         raise BadInput(f"model.name: '{name}' returned a {type(module).__name__}; a factory returns a torch.nn.Module.")
-    logits = probe(module, spec.input_shape, name)
+    logits = probe(module, spec.input_shape, name, spec.dtype)
     if logits != (spec.classes,):
         raise BadInput(
             f"model.name: '{name}' answers an input of shape {spec.input_shape} with an output of shape {logits}; "
@@ -60,7 +61,9 @@ def build(factory: Callable[..., nn.Module], keys: Mapping[str, Any], spec: Data
     return module
 
 
-def probe(module: nn.Module, input_shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+def probe(
+    module: nn.Module, input_shape: tuple[int, ...], name: str, dtype: torch.dtype = torch.float32
+) -> tuple[int, ...]:
     """The shape of `module`'s output for one sample of zeros, without the batch; the module is unchanged by it.
 
     Raises `BadInput`, naming the model and the shape, where the module cannot take such an input.
@@ -69,7 +72,7 @@ def probe(module: nn.Module, input_shape: tuple[int, ...], name: str) -> tuple[i
     module.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return tuple(module(torch.zeros(1, *input_shape)).shape[1:])
+            return tuple(module(torch.zeros(1, *input_shape, dtype=dtype)).shape[1:])
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise BadInput(

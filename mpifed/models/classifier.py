@@ -1,8 +1,12 @@
-"""What all classifiers here have in common: a feature extractor `body` and a last linear layer `head`."""
+"""What all classifiers here have in common: a feature extractor, a last linear layer `head`, and a trace.
+
+A trace is what a distillation of hidden states and attention maps compares (FedKD, arXiv:2108.13323, for one).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -11,6 +15,25 @@ from torch import Tensor, nn
 from mpifed.errors import BadInput
 
 Width = Annotated[int, Field(ge=1, description="units or channels of a layer")]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a forward pass came by, all of it differentiable, one entry of `hidden` and of `attention` a layer.
+
+    - `logits` `[batch, classes]`: the same as the forward pass gives.
+    - `hidden`: what each layer of a text model gives the next, `[batch, tokens, width]`; of any other model its
+      features alone, `[batch, features]`.
+    - `attention`: every layer's attention maps `[batch, heads, tokens, tokens]`, before dropout: row i is how token i
+      weighs the tokens, and sums to 1. Empty where a model has none.
+    - `mask`: bool `[batch, tokens]`, False at padding, where hidden states and rows mean nothing; None where there are
+      no tokens. `tokens` is that of the longest text of the batch.
+    """
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+    attention: tuple[Tensor, ...] = ()
+    mask: Tensor | None = None
 
 
 class Classifier(nn.Module):
@@ -28,6 +51,20 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Inputs `[batch, *input_shape]` -> logits `[batch, classes]`."""
         return self.head(self.features(x))
+
+
+def trace(module: nn.Module, x: Tensor) -> Trace:
+    """`module`'s trace of inputs `[batch, *input_shape]`, in one forward pass.
+
+    A module with a method `trace(x) -> Trace` has its own; the one hidden state of others is what `split` calls their
+    features.
+    """
+    own: Callable[[Tensor], Trace] | None = getattr(module, "trace", None)
+    if own is not None:
+        return own(x)
+    features, head = split(module)
+    hidden = features(x)
+    return Trace(head(hidden), (hidden,))
 
 
 def split(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
@@ -49,6 +86,6 @@ def channels_of(input_shape: tuple[int, ...], name: str) -> int:
     if len(input_shape) != 3:
         raise BadInput(
             f"model.name: '{name}' needs images of shape (channels, height, width), and this data set has inputs of "
-            f"shape {input_shape}; choose 'mlp' or 'linear'."
+            f"shape {input_shape}; choose 'mlp' or 'linear' ('transformer' for text)."
         )
     return input_shape[0]

@@ -29,6 +29,7 @@ CIFAR10 = DataSpec((3, 32, 32), 10)
 CIFAR100 = DataSpec((3, 32, 32), 100)
 DIGITS = DataSpec((1, 8, 8), 10)
 CELEBA = DataSpec((3, 84, 84), 2)
+TREC = DataSpec((32,), 6, vocabulary=3_513)
 DATA = {"MNIST": MNIST, "CIFAR-10": CIFAR10, "digits": DIGITS}
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -36,6 +37,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 def factory_of(name: str) -> Callable[..., nn.Module]:
     return resolve(MODELS, name, "model.name")
+
+
+def spec_for(name: str) -> DataSpec:
+    """A data set that the model takes."""
+    return TREC if name == "transformer" else CIFAR10
 
 
 def sizes(factory: Callable[..., nn.Module], spec: DataSpec, **keys: Any) -> tuple[int, int]:
@@ -141,8 +147,8 @@ def test_fedgen_head_is_330_parameters() -> None:
 @pytest.mark.parametrize("spec", [MNIST, CIFAR10, DIGITS, DataSpec((3, 16, 16), 7)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_splits_into_features_and_head(name: str, spec: DataSpec) -> None:
-    if (name, spec) == ("feddyn_cnn", DIGITS):
-        with pytest.raises(BadInput, match=r"model\.name: 'feddyn_cnn' .*\(1, 8, 8\)"):
+    if (name, spec) == ("feddyn_cnn", DIGITS) or name == "transformer":
+        with pytest.raises(BadInput, match=rf"model\.name: '{name}' .*{re.escape(str(spec.input_shape))}"):
             build(factory_of(name), {}, spec, 1)
         return
     module = build(factory_of(name), {}, spec, 1).eval()
@@ -203,7 +209,7 @@ def test_initial_parameters_are_a_function_of_the_seed(name: str) -> None:
     factory = factory_of(name)
 
     def parameters(seed: int) -> torch.Tensor:
-        return FlatModel(build(factory, {}, CIFAR10, seed)).parameters.detach()
+        return FlatModel(build(factory, {}, spec_for(name), seed)).parameters.detach()
 
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -274,6 +280,9 @@ def test_what_a_factory_must_return() -> None:
         ("resnet18", {"stem": "mnist"}),
         ("resnet18", {"norm": "layer"}),
         ("resnet18", {"groups": 3}),
+        ("transformer", {"layers": 0}),
+        ("transformer", {"embeddings": "pretrained"}),
+        ("transformer", {"dropout": 1.0}),
     ],
 )
 def test_keys_of_a_job_are_checked(name: str, wrong: dict[str, Any]) -> None:
@@ -285,7 +294,7 @@ def test_keys_of_a_job_are_checked(name: str, wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_defaults_of_a_job_build_the_default_model(name: str) -> None:
     keys = bind(factory_of(name), {}, "model", given=("spec",))
-    assert sizes(factory_of(name), CIFAR10, **keys) == sizes(factory_of(name), CIFAR10)
+    assert sizes(factory_of(name), spec_for(name), **keys) == sizes(factory_of(name), spec_for(name))
 
 
 # --- docs/models.md -------------------------------------------------------------------------------------------------
