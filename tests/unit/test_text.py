@@ -223,7 +223,7 @@ if REAL_HERE := [row for row in REAL if (REAL_ROOT / row[1]).is_dir()]:
 
     @pytest.mark.parametrize(("make", "folder", "train", "test"), REAL_HERE)
     def test_real_files_have_the_published_sizes(make: Make, folder: str, train: list[int], test: list[int]) -> None:
-        """TREC 5,452 + 500, SST-2 67,349 + 872; SMS 4,827 + 747 and ADE 16,695 + 4,271 over both parts; few unknowns."""
+        """TREC 5,452 + 500, SST-2 67,349 + 872; SMS 4,827 + 747 and ADE 16,695 + 4,271 in both parts; few unknowns."""
         source = make()
         assert np.bincount(source.train_labels).tolist() == train and np.bincount(source.test_labels).tolist() == test
         words = source.test_samples[source.test_samples != 0]
