@@ -8,10 +8,10 @@ usage:  # a part of the balanced split, whose classes 10 to 15 are A to F (and w
             --train EMNIST/raw/emnist-letters-train-{images-idx3,labels-idx1}-ubyte \\
             --test EMNIST/raw/emnist-letters-test-{images-idx3,labels-idx1}-ubyte
 
-The classes are numbered anew from `--first-label`, 10 by default: the labels of the public digits come first, so the
-attribute `classes` is 16. Images are written upright (EMNIST stores them transposed). Without `--test`, `--per-class`
-samples of each class, drawn by `--seed`, are the training set and all others the test set: 60 are enough for 10 parties
-of 3 a class and leave as many for a validation set.
+The classes are numbered anew from 0 in the order given (a job's `data.public_classes = "union"` puts them after the
+public digits). Images are written upright; EMNIST stores them transposed. Without `--test`, `--per-class` samples of
+each class, drawn by `--seed`, are the training set and all others the test set: 60 are enough for 10 parties of 3 a
+class and leave as many for a validation set.
 
 EMNIST: Cohen, Afshar, Tapson, van Schaik, 2017, arXiv:1702.05373; NIST, public domain.
 """
@@ -32,7 +32,7 @@ from mpifed.errors import BadInput
 Samples = tuple[np.ndarray, np.ndarray]
 
 
-def read(files: Sequence[Path], classes: Sequence[int], first_label: int) -> Samples:
+def read(files: Sequence[Path], classes: Sequence[int]) -> Samples:
     """The images of those stored classes, upright uint8 `[n, 28, 28]`, and their new labels uint8 `[n]`."""
     images, labels = map_idx(files[0], 3), map_idx(files[1], 1)
     if len(images) != len(labels):
@@ -41,7 +41,7 @@ def read(files: Sequence[Path], classes: Sequence[int], first_label: int) -> Sam
     for stored in classes:
         if stored not in labels[rows]:
             raise BadInput(f"{files[1]} has no sample of class {stored}")
-    new = np.array([first_label + list(classes).index(stored) for stored in labels[rows]], dtype=np.uint8)
+    new = np.array([list(classes).index(stored) for stored in labels[rows]], dtype=np.uint8)
     return images[rows].transpose(0, 2, 1), new
 
 
@@ -77,18 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", required=True, **pair, help="unpacked idx files")
     parser.add_argument("--test", **pair, help="the same for the test set; otherwise a part of --train")
     parser.add_argument("--classes", required=True, nargs="+", type=int, help="labels as stored, in their new order")
-    parser.add_argument("--first-label", type=int, default=10, help="the new label of the first class")
     parser.add_argument("--per-class", type=int, default=60, help="training samples of a class, without --test")
     parser.add_argument("--seed", type=int, default=0, help="which they are")
     args = parser.parse_args(arguments)
     try:
         if len(set(args.classes)) < len(args.classes):
             raise BadInput(f"--classes {args.classes} names a class twice")
-        train = read(args.train, args.classes, args.first_label)
+        train = read(args.train, args.classes)
         if args.test is None:
             train, test = split(train, args.per_class, args.seed)
         else:
-            test = read(args.test, args.classes, args.first_label)
+            test = read(args.test, args.classes)
     except (BadInput, OSError) as error:
         sys.exit(str(error).removeprefix("data.root: "))
     write(args.out, train, test)

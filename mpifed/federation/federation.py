@@ -202,6 +202,11 @@ def make_public(job: Job, source: Source, device: torch.device) -> Public | None
             f"data.public.name: '{table.name}' has samples of shape {public.spec.input_shape}, but '{job.data.name}' "
             f"of {source.spec.input_shape}; choose a public data set of the same shape"
         )
+    if public.spec.vocabulary or source.spec.vocabulary:
+        raise BadInput(
+            f"data.public.name: '{table.name}' beside '{job.data.name}': a text's token ids are those of its own data set, "
+            "so that no other can be public beside it; leave data.public out"
+        )
     samples = len(public.train_labels)
     most = job.data.public_samples or samples
     if most > samples:

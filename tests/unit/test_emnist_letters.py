@@ -55,14 +55,14 @@ def test_one_file_is_split_by_class(tool: ModuleType, tmp_path: Path) -> None:
     tool.main([str(out), "--classes", "5", "2", "--per-class", "7", "--train", *files])
     numbers, labels = samples(out, "train")
     others, their_labels = samples(out, "test")
-    assert np.bincount(labels).tolist() == [0] * 10 + [7, 7]
-    assert np.bincount(their_labels).tolist() == [0] * 10 + [5, 5]
-    # class 5 became 10 and class 2 became 11, each sample is there once and keeps its class
-    assert np.array_equal(np.where(labels == 10, 5, 2), numbers % 8)
-    assert np.array_equal(np.where(their_labels == 10, 5, 2), others % 8)
+    assert np.bincount(labels).tolist() == [7, 7]
+    assert np.bincount(their_labels).tolist() == [5, 5]
+    # class 5 became 0 and class 2 became 1, each sample is there once and keeps its class
+    assert np.array_equal(np.where(labels == 0, 5, 2), numbers % 8)
+    assert np.array_equal(np.where(their_labels == 0, 5, 2), others % 8)
     assert sorted([*numbers, *others]) == [i for i in range(96) if i % 8 in (2, 5)]
     source = HDF5Source(path=str(out))
-    assert source.spec.classes == 12
+    assert source.spec.classes == 2
     pixels = np.zeros((14, 784))
     pixels[:, 0] = numbers / 255
     assert source.spec.mean == pytest.approx([pixels.mean()]) and source.spec.std == pytest.approx([pixels.std()])
@@ -82,7 +82,7 @@ def test_a_test_set_of_its_own(tool: ModuleType, tmp_path: Path) -> None:
     """As torchvision's letters: labels from 1, and both parts whole."""
     out = tmp_path / "letters.h5"
     train, test = emnist(tmp_path, "train", LABELS + 1), emnist(tmp_path, "test", LABELS[:16] + 1)
-    tool.main([str(out), "--classes", "1", "2", "3", "--first-label", "0", "--train", *train, "--test", *test])
+    tool.main([str(out), "--classes", "1", "2", "3", "--train", *train, "--test", *test])
     numbers, labels = samples(out, "train")
     assert len(labels) == 36 and np.array_equal(labels, numbers % 8)
     numbers, labels = samples(out, "test")
@@ -94,7 +94,7 @@ def test_a_test_set_of_its_own(tool: ModuleType, tmp_path: Path) -> None:
     [
         (["--classes", "9"], "no sample of class 9"),
         (["--classes", "1", "1"], "names a class twice"),
-        (["--classes", "1", "--per-class", "12"], "leaves none of label 10 to test: it has 12"),
+        (["--classes", "1", "--per-class", "12"], "leaves none of label 0 to test: it has 12"),
     ],
 )
 def test_refusals(tool: ModuleType, tmp_path: Path, options: list[str], said: str) -> None:

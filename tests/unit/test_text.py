@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from mpifed.data.source import ArraySource
 from mpifed.data.text import ade_corpus, sms_spam, sst2, tokenise, trec, vocabulary_of
 from mpifed.errors import BadInput
+from mpifed.federation.federation import make_public
 from mpifed.types import DataSpec
 
 TREC = {
@@ -209,6 +211,15 @@ def test_keys_of_a_job_are_checked(wrong: dict[str, Any]) -> None:
     (key,) = wrong
     with pytest.raises(BadInput, match=rf"data\.{key}"):
         bind(sms_spam, json.loads(json.dumps(wrong)), "data")
+
+
+def test_a_text_has_no_public_set_beside_it(tmp_path: Path) -> None:
+    """Not even another text: the same id would be another word."""
+    text = trec(root=write(tmp_path, TREC), min_count=1)
+    table = SimpleNamespace(name="trec", make=lambda _: text)
+    job = SimpleNamespace(data=SimpleNamespace(name="trec", public=table, root=""))
+    with pytest.raises(BadInput, match=r"data\.public\.name: 'trec' beside 'trec'"):
+        make_public(job, text, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 # --- the real files, where they are -----------------------------------------------------------------------------------
