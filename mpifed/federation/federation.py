@@ -204,8 +204,8 @@ def make_public(job: Job, source: Source, device: torch.device) -> Public | None
         )
     if public.spec.vocabulary or source.spec.vocabulary:
         raise BadInput(
-            f"data.public.name: '{table.name}' beside '{job.data.name}': a text's token ids are those of its own data set, "
-            "so that no other can be public beside it; leave data.public out"
+            f"data.public.name: '{table.name}' beside '{job.data.name}': a text's token ids are those of its own "
+            "data set, so that no other can be public beside it; leave data.public out"
         )
     samples = len(public.train_labels)
     most = job.data.public_samples or samples
