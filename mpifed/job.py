@@ -335,9 +335,14 @@ def _codec(value: Any) -> Any:
 
 
 def _check_codec(text: str, key: str) -> None:
-    codecs = importlib.import_module("mpifed.codecs")
-    name, parameters = codecs.parse(text, key)
-    bind(resolve(codecs.CODECS, name, key), parameters, key)
+    importlib.import_module("mpifed.codecs").make(text, key)
+
+
+def _scheduled(codec: str | dict[str, str]) -> bool:
+    """Whether some codec depends on how much of the run is done."""
+    texts = [codec] if isinstance(codec, str) else codec.values()
+    make = importlib.import_module("mpifed.codecs").make
+    return any(make(text, "codec").scheduled for text in texts)
 
 
 # --- the job ----------------------------------------------------------------------------------------------------------
@@ -451,7 +456,7 @@ class Job(_Table):
         return {key: value for key, value in _flatten(json.loads(self.canonical())) if not _unhashed(key)}
 
     def _free_to_change(self) -> set[str]:
-        return set() if self.local.lr_schedule == "cosine" else {"rounds"}
+        return set() if self.local.lr_schedule == "cosine" or _scheduled(self.codec) else {"rounds"}
 
     def to_toml(self) -> str:
         """The job as TOML with every default spelled out; `load` of it gives an equal job."""
@@ -598,8 +603,8 @@ def _set(document: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 def check_resume(old: Job, new: Job, done: int = 0) -> None:
     """Refuse to go on with a run of `old`, of which `done` rounds are computed, as `new`, where results would not fit.
 
-    What is not hashed (`UNHASHED`) may change, and `rounds`, down to `done`; not with a learning rate that depends on
-    it (`cosine`). Raises `BadInput` naming the changed keys.
+    What is not hashed (`UNHASHED`) may change, and `rounds`, down to `done`; not with a learning rate or a codec that
+    depends on it (`cosine`, a schedule of `svd`). Raises `BadInput` naming the changed keys.
     """
     before, after = old._hashed(), new._hashed()
     changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]

@@ -8,12 +8,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mpifed.component import bind, resolve
 from mpifed.errors import BadInput
 from mpifed.types import Layout, State
 
 CODECS: dict[str, str] = {
     "identity": "mpifed.codecs.identity:Identity",
     "half": "mpifed.codecs.half:Half",
+    "svd": "mpifed.codecs.svd:Svd",
+    "quantize": "mpifed.codecs.quantize:Quantize",
+    "topk": "mpifed.codecs.topk:TopK",
+    "powersgd": "mpifed.codecs.powersgd:PowerSgd",
 }
 
 
@@ -25,6 +30,9 @@ class Codec(Protocol):
 
     stateful: bool
     """It remembers something for each client, which then stays on one rank."""
+
+    scheduled: bool
+    """What it does depends on the progress, and so on the number of rounds."""
 
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> int | None:
         """Encoded bytes where the shape alone decides them, else None."""
@@ -47,3 +55,11 @@ def parse(text: str, key: str) -> tuple[str, dict[str, Any]]:
         return name.strip(), tomllib.loads("parameters = {" + rest[:-1] + "}")["parameters"]
     except tomllib.TOMLDecodeError:
         raise BadInput(f'{key}: "{text}" is not of the form name(key=value, ...)') from None
+
+
+def make(text: str, key: str) -> Codec:
+    """The codec that a job describes as `text`. Raises BadInput naming `key` or `key.parameter`."""
+    name, parameters = parse(text, key)
+    target = resolve(CODECS, name, key)
+    codec: Codec = target(**bind(target, parameters, key))
+    return codec

@@ -22,6 +22,8 @@ class Half:
 
     stateful: ClassVar[bool] = False
 
+    scheduled: ClassVar[bool] = False
+
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> int | None:
         """See `Codec.nbytes`."""
         return torch.Size(shape).numel() * (2 if dtype in SHORTENED else dtype.itemsize)

@@ -33,6 +33,8 @@ class Identity:
 
     stateful: ClassVar[bool] = False
 
+    scheduled: ClassVar[bool] = False
+
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> int | None:
         """See `Codec.nbytes`."""
         return torch.Size(shape).numel() * dtype.itemsize

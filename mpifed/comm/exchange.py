@@ -157,7 +157,8 @@ class Exchange:
             raise ValueError(f"the upload holds {sorted(reply.upload)}, declared are {sorted(fields)}")
         if not np.isfinite(reply.weight) or reply.weight < 0:
             raise ValueError(f"the weight of the reply is {reply.weight}")
-        outgoing = Outgoing(float(reply.weight), {}, {}, {})
+        # what other phases' codecs remember stays
+        outgoing = Outgoing(float(reply.weight), {}, {}, {n: kept for n, kept in memory.items() if n not in fields})
         for name, declared in fields.items():
             value = reply.upload[name].detach().cpu()
             outgoing.lengths[name] = _unknown_length(declared, value, name)

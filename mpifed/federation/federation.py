@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mpifed.algorithms.base import Algorithm, field_names
-from mpifed.codecs import CODECS, Codec, parse
+from mpifed.codecs import Codec, make
 from mpifed.comm.communicator import Communicator
-from mpifed.component import accepts, resolve
+from mpifed.component import accepts
 from mpifed.data.partition import Partition
 from mpifed.data.public import Public, Relabelled
 from mpifed.data.source import Source
@@ -186,9 +186,7 @@ def _kept_beside(job: Job, algorithm: Algorithm, env: RunEnv) -> bool:
 
 @lru_cache(maxsize=64)
 def _codec(text: str, key: str) -> Codec:
-    name, parameters = parse(text, key)
-    codec: Codec = resolve(CODECS, name, key)(**parameters)
-    return codec
+    return make(text, key)
 
 
 def make_public(job: Job, source: Source, device: torch.device) -> Public | None:

@@ -45,6 +45,14 @@ def cases() -> dict[str, Job]:
         "scaffold, buffers local": with_changes(scaffold, "model.buffers=local"),
         "fedavg, codec half": with_changes(fedavg, "codec=half"),
         "scaffold, codec half": with_changes(scaffold, "codec=half"),
+        "fedavg, codec svd both ways": with_codecs(
+            fedavg, {"down.model": "svd(energy=0.95)", "up.update": "svd(energy=0.7, feedback=true)"}
+        ),
+        "fedavg, codec powersgd": with_codecs(fedavg, {"up.update": "powersgd(rank=1, min_rate=1.0)"}),
+        "scaffold, codec topk": with_codecs(
+            scaffold, {"up.update": "topk(fraction=0.3)", "up.control_update": "topk(fraction=0.3)"}
+        ),
+        "feddyn, codec quantize": with_changes(feddyn, "codec=quantize(bits=4)"),
         "fedavg, everybody": with_changes(fedavg, "participation=1.0"),
         "feddyn, everybody": with_changes(feddyn, "participation=1.0"),
         "fedavg, bernoulli": with_changes(fedavg, "sampling=bernoulli"),
@@ -55,6 +63,11 @@ def cases() -> dict[str, Job]:
         "scaffold, fedgen_net": with_changes(scaffold, "model.name=fedgen_net", *images),
         "scaffold, states on disk": with_changes(scaffold, "client_state_mb=0"),
     }
+
+
+def with_codecs(job: Job, codecs: Mapping[str, str]) -> Job:
+    """The job with these codecs by field."""
+    return with_changes(job, *(f"codec.{field}={codec}" for field, codec in codecs.items()))
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
