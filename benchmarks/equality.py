@@ -3,7 +3,7 @@
 usage:  python -m benchmarks.equality [--ranks 1 2 3 4 7 11] [--only NAME ...]
 
 Jobs: every row of `tests/algorithm_table.py` (a model with batch normalisation, five clients of which three take part),
-and variations: running statistics shared and local, codec `half`, other ways of sampling, other models, client states
+and variations: running statistics shared and local, codecs, other ways of sampling, other models, client states
 on disk. Compared with the first number of ranks, of every job:
 
 - `ordered`: weights, client states, metrics without seconds, and logical bytes: the same bit for bit, or what differs;

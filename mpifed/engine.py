@@ -34,10 +34,14 @@ from mpifed.federation.store import ClientStore
 from mpifed.guard import StopSignal
 from mpifed.learning.evaluate import Evaluation, evaluate
 from mpifed.records import Records, Report
+from mpifed.rng import derive
 from mpifed.storage.checkpoint import Checkpoints, Found
 from mpifed.types import Payload, State, leaves, map_state
 
 log = logging.getLogger("mpifed")
+
+DOWN_MEMORY = "codec.down"
+"""Where a checkpoint's server state has what the codecs of downloads remember."""
 
 
 class Clock:
@@ -105,7 +109,9 @@ class Engine:
         reach("resume.found", found.round, self.comm.rank)
         self.round = found.round
         if self.comm.rank == 0:
-            self.server = self._on_device(found.server())
+            kept = found.server()
+            self.exchange.memory = kept.pop(DOWN_MEMORY, {})
+            self.server = self._on_device(kept)
             self.records = Records.resume(found.records)
             self._open = self.records.rows[-1] if self.records.rows and "open" in self.records.rows[-1] else None
         for client in self.federation.roster.deal(range(self.federation.clients)).by_rank[self.comm.rank]:
@@ -139,8 +145,8 @@ class Engine:
         for number, phase in enumerate(steps, start=1):
             asked = sampled if phase.clients == "round" else range(self.federation.clients)
             dealt = self.federation.roster.deal(asked)
-            first, last = number == 1, number == len(steps)
-            sizes, answered = self._run_phase(phase, round_, dealt, logged, absent, own, first, last)
+            last = number == len(steps)
+            sizes, answered = self._run_phase(phase, round_, dealt, logged, absent, own, number, last)
             exchanged.append((phase.name, sizes, dealt))
             replies = min(replies, answered)
         reach("round.end", round_, self.comm.rank)
@@ -168,17 +174,17 @@ class Engine:
         logged: dict[int, dict[str, float]],
         absent: dict[int, str],
         own_tests: list[int],
-        first: bool,
+        number: int,
         last: bool,
     ) -> tuple[Sizes, int]:
-        """One exchange, the round's `first` or `last`; returns its logical bytes and how many clients answered."""
-        rank = self.comm.rank
+        """The round's exchange `number` (from 1); returns its logical bytes and how many clients answered."""
+        rank, first = self.comm.rank, number == 1
         down_fields, up_fields = phase.down(round_), phase.up(round_)
-        progress = round_ / self.job.rounds
+        progress, seed = round_ / self.job.rounds, derive(self.job.seed, "codec", round_, number)
         with self._clock.time("communicate"):
             payload = None if self.server is None else phase.download(self.server, round_)
             shared, own, sizes = self.exchange.download(
-                phase.name, down_fields, payload, dealt, self.federation.clients, progress
+                phase.name, down_fields, payload, dealt, self.federation.clients, progress, seed
             )
             if self.server is not None:
                 self.server = self.algorithm.sent(self.server, shared, round_)
@@ -202,7 +208,7 @@ class Engine:
                     state, answer, numbers[client] = self._ask(phase, round_, client, before, down, last)
                     if isinstance(answer, Reply):
                         memory = kept.get("codec", {})
-                        reply = self.exchange.encode(up_fields, answer, memory, progress)
+                        reply = self.exchange.encode(up_fields, answer, memory, progress, derive(seed, client))
                         if self.exchange.lossy(up_fields):
                             sent = self.exchange.decoded(up_fields, reply)
                             state = self.algorithm.acknowledged(before, state, down, sent)
@@ -375,6 +381,8 @@ class Engine:
     def _checkpoint(self) -> None:
         started = time.perf_counter()
         server = None if self.server is None else self._on_host(self.server)
+        if server is not None and self.exchange.memory:
+            server = server | {DOWN_MEMORY: self.exchange.memory}
         records = self.records.to_bytes() if self.comm.rank == 0 else {}
         self.checkpoints.save(self.round, server, self.store.items(), records)
         self.comm.traffic.take()  # a checkpoint's agreement is part of no round

@@ -37,8 +37,13 @@ class Codec(Protocol):
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> int | None:
         """Encoded bytes where the shape alone decides them, else None."""
 
-    def encode(self, value: Tensor, layout: Layout | None, memory: State, progress: float) -> tuple[Tensor, State]:
-        """`value` (any shape, on the CPU) -> bytes (uint8, one axis) and the next memory; `progress`: round/rounds."""
+    def encode(
+        self, value: Tensor, layout: Layout | None, memory: State, progress: float, seed: int = 0
+    ) -> tuple[Tensor, State]:
+        """`value` (any shape, on the CPU) -> bytes (uint8, one axis) and the next memory.
+
+        `progress` is round/rounds; `seed` differs from round to round, client to client and field to field.
+        """
 
     def decode(self, data: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> Tensor:
         """The bytes -> a tensor of that shape and dtype."""

@@ -28,7 +28,9 @@ class Half:
         """See `Codec.nbytes`."""
         return torch.Size(shape).numel() * (2 if dtype in SHORTENED else dtype.itemsize)
 
-    def encode(self, value: Tensor, layout: Layout | None, memory: State, progress: float) -> tuple[Tensor, State]:
+    def encode(
+        self, value: Tensor, layout: Layout | None, memory: State, progress: float, seed: int = 0
+    ) -> tuple[Tensor, State]:
         """See `Codec.encode`."""
         if value.dtype in SHORTENED:
             value = value.clamp(-65504.0, 65504.0).to(torch.float16)

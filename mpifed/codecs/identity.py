@@ -39,7 +39,9 @@ class Identity:
         """See `Codec.nbytes`."""
         return torch.Size(shape).numel() * dtype.itemsize
 
-    def encode(self, value: Tensor, layout: Layout | None, memory: State, progress: float) -> tuple[Tensor, State]:
+    def encode(
+        self, value: Tensor, layout: Layout | None, memory: State, progress: float, seed: int = 0
+    ) -> tuple[Tensor, State]:
         """See `Codec.encode`."""
         return to_bytes(value), memory
 

@@ -48,7 +48,9 @@ class PowerSgd:
         """See `Codec.nbytes`."""
         return sum(self._sizes(shape, dtype, layout))
 
-    def encode(self, value: Tensor, layout: Layout | None, memory: State, progress: float) -> tuple[Tensor, State]:
+    def encode(
+        self, value: Tensor, layout: Layout | None, memory: State, progress: float, seed: int = 0
+    ) -> tuple[Tensor, State]:
         """See `Codec.encode`."""
         shape, dtype = tuple(value.shape), value.dtype
         if not self._compresses(shape, dtype, layout):

@@ -6,13 +6,12 @@ Vojnovic: QSGD, NeurIPS 2017, arXiv 1610.02132. An entry x of a tensor with norm
 l being one of the two whole numbers beside s |x| / ||x||, drawn so that the mean is x. Sign and level are packed to
 `bits` bits (no Elias code); one norm a tensor travels with them.
 
-The draws are a function of the value: the generator's seed is a hash of its bytes. So a resumed run repeats them, on
-any number of ranks, with nothing remembered; equal values (never seen of two clients' updates) are rounded alike.
+The draws come from the seed that the codec is given, a function of the run's seed, round, client and field: clients
+round independently, and a resumed run repeats them on any number of ranks, with nothing remembered.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -49,12 +48,12 @@ class Quantize:
             return math.prod(shape) * dtype.itemsize
         return sum(self._sizes(shape, dtype, layout))
 
-    def encode(self, value: Tensor, layout: Layout | None, memory: State, progress: float) -> tuple[Tensor, State]:
+    def encode(
+        self, value: Tensor, layout: Layout | None, memory: State, progress: float, seed: int = 0
+    ) -> tuple[Tensor, State]:
         """See `Codec.encode`."""
         if value.dtype not in COMPRESSED:
             return to_bytes(value), {}
-        data = to_bytes(value)
-        seed = int.from_bytes(_hash(data), "little") >> 1
         generator = torch.Generator().manual_seed(seed)
         flat = value.detach().reshape(-1)
         norms, codes = [], []
@@ -97,10 +96,6 @@ class Quantize:
         if exact.isfinite():
             exact = exact.clamp(max=torch.finfo(entries.dtype).max)
         return exact.to(entries.dtype)
-
-
-def _hash(data: Tensor) -> bytes:
-    return hashlib.blake2b(data.numpy(), digest_size=8).digest()  # type: ignore[arg-type]
 
 
 def _packed(code: Tensor, bits: int) -> Tensor:

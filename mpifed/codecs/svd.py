@@ -69,7 +69,9 @@ class Svd:
         """None where there are matrices: the values decide about ranks."""
         return None if self._matrices(shape, dtype, layout) else math.prod(shape) * dtype.itemsize
 
-    def encode(self, value: Tensor, layout: Layout | None, memory: State, progress: float) -> tuple[Tensor, State]:
+    def encode(
+        self, value: Tensor, layout: Layout | None, memory: State, progress: float, seed: int = 0
+    ) -> tuple[Tensor, State]:
         """See `Codec.encode`."""
         shape, dtype = tuple(value.shape), value.dtype
         matrices = self._matrices(shape, dtype, layout)

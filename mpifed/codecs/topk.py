@@ -47,7 +47,9 @@ class TopK:
         n, k = math.prod(shape), self.kept(shape, dtype)
         return n * dtype.itemsize if k == n else k * (4 + dtype.itemsize)
 
-    def encode(self, value: Tensor, layout: Layout | None, memory: State, progress: float) -> tuple[Tensor, State]:
+    def encode(
+        self, value: Tensor, layout: Layout | None, memory: State, progress: float, seed: int = 0
+    ) -> tuple[Tensor, State]:
         """See `Codec.encode`."""
         shape, dtype = tuple(value.shape), value.dtype
         k = self.kept(shape, dtype)

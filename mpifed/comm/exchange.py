@@ -21,6 +21,7 @@ from mpifed.comm.collection import Announcement, Collection, Outgoing, Received,
 from mpifed.comm.communicator import CONTROL, Communicator
 from mpifed.comm.ledger import WEIGHT, label
 from mpifed.federation.roster import Assignment
+from mpifed.rng import derive
 from mpifed.types import Payload, State
 
 
@@ -48,6 +49,8 @@ class Exchange:
         self._codec = codec
         self._reduction = reduction
         self._device = device
+        self.memory: State = {}
+        """At rank 0: what codecs of downloads remember, by phase, field and, where each client has its own, client."""
 
     # --- download -----------------------------------------------------------------------------------------------------
     def download(
@@ -58,8 +61,12 @@ class Exchange:
         dealt: Assignment,
         everybody: int,
         progress: float,
+        seed: int = 0,
     ) -> tuple[Payload, dict[int, Payload], Sizes]:
-        """Send rank 0's payload: the shared fields, the own fields of this rank's clients, and logical bytes."""
+        """Send rank 0's payload: the shared fields, the own fields of this rank's clients, and logical bytes.
+
+        `progress` (round/rounds) and `seed` are for codecs.
+        """
         comm, root = self._comm, self._comm.rank == 0
         shared = {name: declared for name, declared in fields.items() if declared.to != "each"}
         own = {name: declared for name, declared in fields.items() if declared.to == "each"}
@@ -77,7 +84,7 @@ class Exchange:
             for i, (name, declared) in enumerate(shared.items()):
                 value = payload[name].detach().cpu()
                 length = _unknown_length(declared, value, name)
-                encoded[name], _ = self._codec("down", name).encode(value, declared.layout, {}, progress)
+                encoded[name] = self._encoded_down(phase, (name,), value, declared, progress, seed)
                 heads[i] = encoded[name].numel(), length
             for i, (name, declared) in enumerate(own.items()):
                 values = payload[name].detach().cpu()
@@ -85,7 +92,7 @@ class Exchange:
                     raise ValueError(f"'{name}' has {len(values)} rows for {len(dealt.clients)} clients")
                 for j, client in enumerate(dealt.clients):
                     length = _unknown_length(declared, values[j], name)
-                    data, _ = self._codec("down", name).encode(values[j], declared.layout, {}, progress)
+                    data = self._encoded_down(phase, (name, str(client)), values[j], declared, progress, seed)
                     rows[name, client] = data
                     row_sizes[i, j] = data.numel(), length
         header = np.concatenate([heads.reshape(-1), row_sizes.reshape(-1)])
@@ -115,6 +122,22 @@ class Exchange:
         if own:
             self._scatter(phase, own, rows, row_sizes, dealt, mine, sizes)
         return result, mine, sizes
+
+    def _encoded_down(
+        self, phase: str, key: tuple[str, ...], value: Tensor, declared: Field, progress: float, seed: int
+    ) -> Tensor:
+        """A download's bytes; `key` is its field and, where it has one, its client."""
+        path, memory = (phase, *key), self.memory
+        for part in path[:-1]:
+            memory = memory.get(part, {})
+        codec, own_seed = self._codec("down", key[0]), derive(seed, "down", *key)
+        data, kept = codec.encode(value, declared.layout, memory.get(path[-1], {}), progress, own_seed)
+        if kept:
+            memory = self.memory
+            for part in path[:-1]:
+                memory = memory.setdefault(part, {})
+            memory[path[-1]] = kept
+        return data
 
     def _scatter(
         self,
@@ -150,9 +173,12 @@ class Exchange:
 
     # --- upload -------------------------------------------------------------------------------------------------------
     def encode(
-        self, fields: Mapping[str, Field], reply: Reply, memory: Mapping[str, State], progress: float
+        self, fields: Mapping[str, Field], reply: Reply, memory: Mapping[str, State], progress: float, seed: int = 0
     ) -> Outgoing:
-        """A client's reply as bytes. Raises ValueError where it does not fit its declaration or is not finite."""
+        """A client's reply as bytes. Raises ValueError where it does not fit its declaration or is not finite.
+
+        `memory` is what the codecs remember of this client; `progress` and `seed` are for them too.
+        """
         if set(reply.upload) != set(fields):
             raise ValueError(f"the upload holds {sorted(reply.upload)}, declared are {sorted(fields)}")
         if not np.isfinite(reply.weight) or reply.weight < 0:
@@ -164,7 +190,8 @@ class Exchange:
             outgoing.lengths[name] = _unknown_length(declared, value, name)
             if value.dtype.is_floating_point and not _finite(value):
                 raise ValueError(f"non-finite {name}")
-            data, kept = self._codec("up", name).encode(value, declared.layout, memory.get(name, {}), progress)
+            codec, own_seed = self._codec("up", name), derive(seed, "up", name)
+            data, kept = codec.encode(value, declared.layout, memory.get(name, {}), progress, own_seed)
             outgoing.data[name] = data
             if kept:
                 outgoing.memory[name] = kept

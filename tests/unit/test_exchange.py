@@ -367,7 +367,7 @@ class Odometer:
     def nbytes(self, shape: Any, dtype: Any, layout: Any) -> int | None:
         return None
 
-    def encode(self, value: Tensor, layout: Any, memory: Any, progress: float) -> tuple[Tensor, Any]:
+    def encode(self, value: Tensor, layout: Any, memory: Any, progress: float, seed: int) -> tuple[Tensor, Any]:
         seen = int(memory.get("seen", torch.tensor(0))) + value.numel()
         return to_bytes(value), {"seen": torch.tensor(seen), "progress": torch.tensor(progress)}
 
@@ -384,6 +384,8 @@ def test_a_codec_is_given_its_memory_of_the_client_and_field() -> None:
         assert first.memory["a"]["progress"] == 0.25
         second = exchange.encode(FIELDS, Reply(GOOD), first.memory, 0.5)
         assert second.memory["a"]["seen"] == 4 and first.memory["a"]["seen"] == 2
+        other = exchange.encode({"n": FIELDS["n"]}, Reply({"n": GOOD["n"]}), second.memory, 0.5)
+        assert other.memory == second.memory  # what other phases' codecs remember stays
 
     run_ranks(1, main)
 
