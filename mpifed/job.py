@@ -342,7 +342,7 @@ def _scheduled(codec: str | dict[str, str]) -> bool:
     """Whether some codec depends on how much of the run is done."""
     texts = [codec] if isinstance(codec, str) else codec.values()
     make = importlib.import_module("mpifed.codecs").make
-    return any(make(text, "codec").scheduled for text in texts)
+    return any(getattr(make(text, "codec"), "scheduled", False) for text in texts)
 
 
 # --- the job ----------------------------------------------------------------------------------------------------------
