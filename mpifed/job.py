@@ -303,6 +303,19 @@ class DataTable(Component):
     public_samples: int = Field(
         default=0, ge=0, description="So many of the public training samples, drawn from the seed; 0 takes all."
     )
+    public_held_out: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Instead of `[data.public]`: this part of the private training samples, drawn from the seed, is"
+        " public, and the clients share the rest.",
+    )
+
+    @model_validator(mode="after")
+    def _one_public_set(self) -> DataTable:
+        if self.public_held_out and (self.public is not None or self.public_samples or self.public_classes == "union"):
+            raise BadInput("data.public_held_out: is a public set of its own; leave out the other keys of a public set")
+        return self
 
     def make(self, *given: Any) -> Any:
         """Read the data set."""
@@ -399,8 +412,11 @@ class Job(_Table):
         if isinstance(self.participation, int) and self.participation > self.clients:
             raise BadInput(f"participation: {self.participation} clients in a round, but clients is {self.clients}")
         algorithm = self._algorithm()
-        if getattr(algorithm, "needs_public", False) and self.data.public is None:
-            raise BadInput(f"data.public: {self.algorithm.name} needs a public data set; name one in [data.public]")
+        if getattr(algorithm, "needs_public", False) and self.data.public is None and not self.data.public_held_out:
+            raise BadInput(
+                f"data.public: {self.algorithm.name} needs a public data set; name one in [data.public], or hold out a "
+                "part of the private one with data.public_held_out"
+            )
         most = 1 if algorithm.pooled else self.most_participants
         if self.min_replies > most:
             raise BadInput(f"min_replies: {self.min_replies} replies can never come from {most} client(s) in a round")

@@ -38,6 +38,22 @@ class Public:
         return self._source.take("train", self._indices)[0]
 
 
+class Rest:
+    """A source without the training samples that were held out to be public."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self._source = source
+        self._indices = indices
+        self.spec = source.spec
+        self.train_labels = source.train_labels[indices]
+        self.test_labels = source.test_labels
+        self.train_owner = None if source.train_owner is None else source.train_owner[indices]
+
+    def take(self, split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """See `Source.take`."""
+        return self._source.take(split, self._indices[indices] if split == "train" else indices)
+
+
 class Relabelled:
     """A source whose labels begin at `offset`: the private classes after the public ones, for one common output."""
 

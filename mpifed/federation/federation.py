@@ -19,7 +19,7 @@ from mpifed.codecs import Codec, make
 from mpifed.comm.communicator import Communicator
 from mpifed.component import accepts
 from mpifed.data.partition import Partition
-from mpifed.data.public import Public, Relabelled
+from mpifed.data.public import Public, Relabelled, Rest
 from mpifed.data.source import Source
 from mpifed.errors import BadInput
 from mpifed.federation.env import RunEnv, choose_device
@@ -70,12 +70,11 @@ class Federation:
     def _build(cls, job: Job, comm: Communicator, hosts: list[str]) -> Federation:
         local_rank = hosts[: comm.rank].count(hosts[comm.rank])
         algorithm: Algorithm = job.algorithm.make()
-        source: Source = job.data.make()
+        device = choose_device(job.device, local_rank)
+        source, public = divide(job, job.data.make(), device)
         partition = make_partition(job, source)
         if algorithm.pooled:
             partition = Partition((np.sort(np.concatenate(partition.train)),))
-        device = choose_device(job.device, local_rank)
-        public = make_public(job, source, device)
         if public is not None and job.data.public_classes == "union":
             source = Relabelled(source, public.classes)
         env = RunEnv(job, source.spec, len(partition.train), device, public)
@@ -189,11 +188,17 @@ def _codec(text: str, key: str) -> Codec:
     return make(text, key)
 
 
-def make_public(job: Job, source: Source, device: torch.device) -> Public | None:
-    """The job's public data set. Raises BadInput where it does not fit the private one."""
-    table = job.data.public
+def divide(job: Job, source: Source, device: torch.device) -> tuple[Source, Public | None]:
+    """The job's private data set and its public one. Raises BadInput where they do not fit each other."""
+    table, held_out = job.data.public, job.data.public_held_out
+    if held_out:
+        order = numpy_generator(job.seed, "public").permutation(len(source.train_labels))
+        samples = round(held_out * len(order))
+        if not 0 < samples < len(order):
+            raise BadInput(f"data.public_held_out: {held_out} of {len(order)} samples are {samples}; choose another")
+        return Rest(source, np.sort(order[samples:])), Public(source, np.sort(order[:samples]), device)
     if table is None:
-        return None
+        return source, None
     public: Source = table.make(job.data.root)
     if public.spec.input_shape != source.spec.input_shape:
         raise BadInput(
@@ -203,14 +208,14 @@ def make_public(job: Job, source: Source, device: torch.device) -> Public | None
     if public.spec.vocabulary or source.spec.vocabulary:
         raise BadInput(
             f"data.public.name: '{table.name}' beside '{job.data.name}': a text's token ids are those of its own "
-            "data set, so that no other can be public beside it; leave data.public out"
+            "data set, so that no other can be public beside it; hold out a part of it, data.public_held_out"
         )
     samples = len(public.train_labels)
     most = job.data.public_samples or samples
     if most > samples:
         raise BadInput(f"data.public_samples: '{table.name}' has only {samples} samples, but the job says {most}")
     chosen = np.sort(numpy_generator(job.seed, "public").permutation(samples)[:most])
-    return Public(public, chosen, device)
+    return source, Public(public, chosen, device)
 
 
 def make_partition(job: Job, source: Source) -> Partition:

@@ -492,6 +492,7 @@ HASHED_CHANGES = [
     "evaluate.every_rounds=2",
     "client_models=[{name='mlp'}]",
     "data.public_classes=union",
+    "data.public_held_out=0.25",
 ]
 
 
@@ -679,6 +680,8 @@ def test_models_of_the_clients_own() -> None:
         ("data.public={}", r"^data.public.name: is missing"),
         ("data.public_samples=-1", r"^data.public_samples: "),
         ("data.public_classes=both", r"^data.public_classes: "),
+        ("data.public_held_out=1.0", r"^data.public_held_out: must be less than 1"),
+        ("data={name='mnist', public={name='digits'}, public_held_out=0.5}", r"data.public_held_out: is a public set"),
     ],
 )
 def test_malformed_models_and_public_sets_are_refused_by_name(override: str, message: str) -> None:

@@ -72,9 +72,26 @@ def test_some_of_the_public_samples() -> None:
     assert again is not None and torch.equal(again.labels, some.labels)
 
 
+def test_a_part_of_the_private_samples_may_be_public() -> None:
+    """A quarter of 120: 30 public, 90 private; together they are all samples, once each."""
+    federation = build(data=data(public_held_out=0.25, partition={"name": "iid"}))
+    assert federation.env.public is not None
+    public = federation.env.public.x(torch.arange(30))
+    private = torch.cat([federation.samples(client)[0] for client in range(CLIENTS)])
+    assert (len(federation.env.public), len(private)) == (30, 90)
+    whole = build(data=data(partition={"name": "iid"}))
+    everything = torch.cat([whole.samples(client)[0] for client in range(CLIENTS)])
+    ours, theirs = (torch.unique(x, dim=0) for x in (torch.cat([public, private]), everything))
+    assert torch.equal(ours, theirs) and len(ours) == 120
+    assert torch.equal(federation.test_set[0], whole.test_set[0])
+    labels = torch.cat([federation.env.public.labels, *(federation.samples(c)[1] for c in range(CLIENTS))])
+    assert torch.equal(labels.bincount(), torch.cat([whole.samples(c)[1] for c in range(CLIENTS)]).bincount())
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"public_held_out": 0.001}, r"data.public_held_out: 0.001 of 120 samples are 0"),
         ({"public": SYNTHETIC | {"input_shape": [5]}}, r"data.public.name: 'synthetic' has samples of shape \(5,\)"),
         ({"public": SYNTHETIC, "public_samples": 121}, r"data.public_samples: 'synthetic' has only 120 samples"),
     ],
