@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from mpifed.models.dense import mlp
 from mpifed.models.flat import FlatModel
 from mpifed.models.text import Layer, Transformer, transformer
 from mpifed.types import DataSpec
+from tests.algorithm_table import job_of, run
 
 SPEC = DataSpec((12,), 5, vocabulary=30)
 SMALL: dict[str, Any] = {"layers": 3, "width": 16, "heads": 4, "feedforward": 24}
@@ -174,6 +176,39 @@ def test_it_learns_which_token_is_there(embeddings: str) -> None:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter -= 3e-3 * gradient.sign()
     assert (module(x).argmax(dim=1) == labels).float().mean() > 0.9
+
+
+def test_in_bfloat16() -> None:
+    module = model().eval()
+    x = texts(3, 12, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = trace(module, x)
+    assert seen.logits.isfinite().all()
+    torch.testing.assert_close(seen.logits.float(), module(x), rtol=0.1, atol=0.02)
+
+
+def test_a_federation_learns_from_text(tmp_path: Path) -> None:
+    """The class is the last word; of 96 questions, three clients. Frozen embeddings leave d numbers to be sent:
+    positions 5 * 16, a layer 4 * 256 + 2 * 16 * 512 + 9 * 16 + 512, the norm 32, the head 17 * 6."""
+    words = {"ABBR": "short", "DESC": "what", "ENTY": "thing", "HUM": "who", "LOC": "where", "NUM": "many"}
+    lines = [f"{label}:x the {filler} {word}\n" for label, word in words.items() for filler in "abcdefghijklmnop"]
+    (tmp_path / "text/trec").mkdir(parents=True)
+    for name in ("train_5500.label", "TREC_10.label"):
+        (tmp_path / "text/trec" / name).write_text("".join(lines))
+    job = job_of(
+        {"name": "fedavg"},
+        rounds=4,
+        clients=3,
+        participation=1.0,
+        model={"name": "transformer", "layers": 1, "width": 16, "dropout": 0.0, "embeddings": "frozen"},
+        data={"name": "trec", "root": str(tmp_path), "length": 5, "min_count": 1, "partition": {"name": "iid"}},
+        local={"epochs": 4, "batch_size": 8, "lr": 0.01, "optimizer": "adam"},
+    )
+    outcome = run(job, tmp_path)
+    d = 80 + 1_024 + 16_384 + 144 + 512 + 32 + 102
+    assert outcome.logical()[1, "up.update"] == 3 * 4 * d
+    assert (1, "down.buffers") not in outcome.logical()
+    assert outcome.rows[-1]["accuracy"] > 0.9
 
 
 def test_refusals() -> None:
