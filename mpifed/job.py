@@ -377,8 +377,9 @@ class Job(_Table):
     )
     reduce: Literal["ordered", "tree"] = Field(
         default="ordered",
-        description="`ordered`: added in the order of client ids in float64, the same on any number of ranks; `tree`:"
-        " summed on each rank, then one MPI reduce.",
+        description="`ordered`: added in float64, the same bits on any number of ranks (long vectors on each rank"
+        " first, exactly; others in the order of client ids); `tree`: summed on each rank, then one MPI reduce in"
+        " float32.",
     )
     codec: Annotated[str | dict[str, str], BeforeValidator(_codec)] = Field(
         default="identity",

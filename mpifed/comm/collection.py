@@ -1,10 +1,12 @@
 """Bringing the replies of a phase to rank 0, each field in the way that it asks for, all fields of one way together.
 
 - `Each` fields, and encoded fields of an ordered reduction: one gather.
-- `Sum` and `Mean`, `reduce = "ordered"`: gathered slice by slice and added in the order of client ids in float64, so
-  that the result is the same bit for bit on any number of ranks, and rank 0 holds `SLICE_BYTES`, never every model.
+- `Sum` and `Mean`, `reduce = "ordered"`: the same result bit for bit on any number of ranks. Long vectors
+  (`EXACT_ELEMENTS`) are added exactly on each rank and then by MPI in float64: rank 0 receives one vector, however many
+  clients answered. Short ones, integers and float64 are gathered slice by slice and added in the order of client ids in
+  float64. Either way rank 0 holds `SLICE_BYTES` beside the sum, never every model.
 - `Sum` and `Mean`, `reduce = "tree"`: added in float64 on each rank, then by MPI in float32 (float64 for integers and
-  float64): rank 0 receives one vector, however many clients answered.
+  float64): half the bytes, and the last bits depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -20,14 +22,19 @@ from mpifed.algorithms.base import Each, Field, Mean
 from mpifed.codecs import Codec
 from mpifed.comm.communicator import Communicator, Kinds
 from mpifed.comm.ledger import label
+from mpifed.comm.summation import add_exactly, add_in_order, bound, peak
 from mpifed.federation.roster import Assignment
 from mpifed.types import State
 
 SLICE_BYTES = 16 << 20
 """Most bytes that rank 0 receives at a time in an ordered reduction."""
 
-_BLOCK = 1 << 15
-"""Elements of a sum that are worked on at a time, so that they stay in the cache from one reply to the next."""
+EXACT_ELEMENTS = 1 << 14
+"""From so many elements on, a plain floating-point field of at most 4 bytes an element is added exactly.
+
+An exact sum is as fine as its largest element allows: right for a model, or its like, and not for a handful of numbers
+of which one is a count and another a rate.
+"""
 
 Sizes = dict[tuple[str, str], dict[int, int]]
 """Logical bytes by (direction, kind) and client."""
@@ -41,6 +48,7 @@ class Outgoing:
     data: dict[str, Tensor]  # uint8, one axis
     lengths: dict[str, int]  # of the axis that is None in the declared shape
     memory: dict[str, State]  # the codecs' next memory
+    peaks: dict[str, float] = field(default_factory=dict)  # largest magnitudes of the floating-point fields
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Announcement:
     weights: dict[int, float]
     nbytes: dict[str, dict[int, int]]  # by field and client
     lengths: dict[str, dict[int, int]]
+    bounds: dict[str, float]  # of the fields that are added exactly (see `mpifed.comm.summation`)
     logical: Sizes
 
 
@@ -64,13 +73,14 @@ class Received:
     device: torch.device
     totals: dict[str, Tensor] = field(default_factory=dict)  # reduced fields: weighted sums, float64, flat
     entries: dict[str, list[Tensor]] = field(default_factory=dict)  # `Each` fields
+    exact: set[str] = field(default_factory=set)  # those of them that are added exactly, as they would be as `Mean`
 
     def mean(self, name: str) -> Tensor:
         rule = self.fields[name].reduce
         if not isinstance(rule, Mean | Each):
             raise TypeError(f"upload '{name}' is declared as {rule}, so it has no mean")
         if isinstance(rule, Each):
-            total = self._added(name, [_factor(rule, float(weight)) for weight in self.weights])
+            total = self._added(name, [factor_of(rule, float(weight)) for weight in self.weights])
         else:
             total = self.totals[name]
         scale = float(self.weights.sum()) if rule.weights == "reply" else float(len(self.clients))
@@ -92,9 +102,12 @@ class Received:
             )
         return [tensor.to(self.device) for tensor in self.entries[name]]
 
-    def _added(self, name: str, factors: Iterable[float]) -> Tensor:
-        total = torch.zeros(self.entries[name][0].numel(), dtype=torch.float64)
-        _add(total, self.entries[name], factors)
+    def _added(self, name: str, factors: Sequence[float]) -> Tensor:
+        entries = self.entries[name]
+        if name in self.exact:
+            return add_exactly(entries, factors, entries[0].numel(), bound(map(peak, entries), factors))
+        total = torch.zeros(entries[0].numel(), dtype=torch.float64)
+        add_in_order(total, entries, factors)
         return total
 
     def _finished(self, name: str, total: Tensor) -> Tensor:
@@ -108,20 +121,14 @@ class Received:
         return total.to(declared.dtype).view(shape).to(self.device)
 
 
-def _add(total: Tensor, values: Iterable[Tensor], factors: Iterable[float]) -> None:
-    """`total += factor * value` for one value after another, in float64 and rounded twice everywhere.
-
-    A fused multiply-add, which rounds once, would be used or not depending on where a slice begins.
-    """
-    pairs = [(value.reshape(-1), factor) for value, factor in zip(values, factors, strict=True)]
-    for start in range(0, total.numel(), _BLOCK):
-        block = total[start : start + _BLOCK]
-        for value, factor in pairs:
-            # not in place: a float64 value is the reply itself
-            block.add_(value[start : start + _BLOCK].to(torch.float64) * factor)
+def added_exactly(declared: Field, elements: int, plain: bool) -> bool:
+    """How an ordered reduction adds a field: not by values, or numbers of ranks, but by what is declared of it."""
+    dtype = declared.dtype
+    return plain and dtype.is_floating_point and dtype.itemsize <= 4 and elements >= EXACT_ELEMENTS
 
 
-def _factor(rule: Any, weight: float) -> float:
+def factor_of(rule: Any, weight: float) -> float:
+    """What a reply of that weight is multiplied by in a sum."""
     return weight if getattr(rule, "weights", "uniform") == "reply" else 1.0
 
 
@@ -163,18 +170,22 @@ class Collection:
 
     def run(self, reduction: Literal["ordered", "tree"]) -> Received | None:
         """What rank 0 receives; None on the others."""
-        whole, sliced, reduced = [], [], []
+        whole, exact, sliced, reduced = [], [], [], []
         for name, declared in self._fields.items():
             if isinstance(declared.reduce, Each):
                 whole.append(name)
             elif reduction == "tree":
                 reduced.append(name)
+            elif name in self._known.bounds:
+                exact.append(name)
             elif self._codec("up", name).plain:
                 sliced.append(name)
             else:
                 whole.append(name)
         if whole:
             self._gather_whole(whole)
+        for name in exact:
+            self._reduce_exactly(name)
         if sliced:  # the largest elements first, so that every element is aligned in the fused row
             self._gather_slices(sorted(sliced, key=lambda name: -self._fields[name].dtype.itemsize))
         for on_the_wire in (torch.float32, torch.float64):
@@ -198,9 +209,26 @@ class Collection:
         for name in names:
             replies = (self._decode(name, client, data[name, client]) for client in self._known.clients)
             if isinstance(self._fields[name].reduce, Each):
-                self._received.entries[name] = list(replies)
+                self._received.entries[name] = entries = list(replies)
+                if entries and added_exactly(self._fields[name], entries[0].numel(), self._codec("up", name).plain):
+                    self._received.exact.add(name)
             else:
                 self._received.totals[name] = self._total(name, self._known.clients, replies)
+
+    def _reduce_exactly(self, name: str) -> None:
+        """Each rank's own replies are added slice by slice, and the slices by MPI, all without rounding."""
+        elements, limit = self._elements(name), self._known.bounds[name]
+        values = [self._decode(name, client, self._outgoing[client].data[name]).view(-1) for client in self._here]
+        factors = [self._factor(name, client) for client in self._here]
+        total = torch.empty(elements if self._comm.rank == 0 else 0, dtype=torch.float64)
+        step = max(1, SLICE_BYTES // 8)
+        for low in range(0, elements, step):
+            high = min(low + step, elements)
+            part = add_exactly([value[low:high] for value in values], factors, high - low, limit)
+            summed = self._comm.reduce(part.numpy(), self._kinds({name: part.nbytes}))
+            if summed is not None:
+                total[low:high] = torch.from_numpy(summed)
+        self._received.totals[name] = total
 
     def _gather_slices(self, names: Sequence[str]) -> None:
         sizes = {name: self._elements(name) * self._fields[name].dtype.itemsize for name in names}
@@ -229,7 +257,7 @@ class Collection:
             parts = [rows[row_of[client], begin:end] for client in self._known.clients]
             parts = [part.clone() if part.storage_offset() % dtype.itemsize else part for part in parts]
             factors = [self._factor(name, client) for client in self._known.clients]
-            _add(target, [part.view(dtype) for part in parts], factors)
+            add_in_order(target, [part.view(dtype) for part in parts], factors)
 
     def _reduce(self, names: Sequence[str], on_the_wire: torch.dtype) -> None:
         totals = {}
@@ -253,11 +281,11 @@ class Collection:
     def _total(self, name: str, clients: Iterable[int], values: Iterable[Tensor]) -> Tensor:
         total = torch.zeros(self._elements(name), dtype=torch.float64)
         for client, value in zip(clients, values, strict=True):
-            _add(total, [value], [self._factor(name, client)])
+            add_in_order(total, [value], [self._factor(name, client)])
         return total
 
     def _factor(self, name: str, client: int) -> float:
-        return _factor(self._fields[name].reduce, self._known.weights[client])
+        return factor_of(self._fields[name].reduce, self._known.weights[client])
 
     def _elements(self, name: str) -> int:
         return torch.Size(full_shape(self._fields[name], 0)).numel()

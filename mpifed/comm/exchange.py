@@ -15,11 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifed.algorithms.base import Field, Mean, Reply
+from mpifed.algorithms.base import Each, Field, Mean, Reply
 from mpifed.codecs import Codec
-from mpifed.comm.collection import Announcement, Collection, Outgoing, Received, Sizes, full_shape, fused
+from mpifed.comm.collection import (
+    Announcement,
+    Collection,
+    Outgoing,
+    Received,
+    Sizes,
+    added_exactly,
+    factor_of,
+    full_shape,
+    fused,
+)
 from mpifed.comm.communicator import CONTROL, Communicator
 from mpifed.comm.ledger import WEIGHT, label
+from mpifed.comm.summation import bound, peak
 from mpifed.federation.roster import Assignment
 from mpifed.rng import derive
 from mpifed.types import Payload, State
@@ -188,8 +199,10 @@ class Exchange:
         for name, declared in fields.items():
             value = reply.upload[name].detach().cpu()
             outgoing.lengths[name] = _unknown_length(declared, value, name)
-            if value.dtype.is_floating_point and not _finite(value):
-                raise ValueError(f"non-finite {name}")
+            if value.dtype.is_floating_point:
+                outgoing.peaks[name] = peak(value)
+                if not math.isfinite(outgoing.peaks[name]):
+                    raise ValueError(f"non-finite {name}")
             codec, own_seed = self._codec("up", name), derive(seed, "up", name)
             data, kept = codec.encode(value, declared.layout, memory.get(name, {}), progress, own_seed)
             outgoing.data[name] = data
@@ -213,12 +226,13 @@ class Exchange:
     def announce(
         self, fields: Mapping[str, Field], outgoing: Mapping[int, Outgoing], dealt: Assignment
     ) -> Announcement:
-        """One sum over the ranks: who answered, with which weight, and how many bytes."""
-        table = np.zeros((len(dealt.clients), 2 + 2 * len(fields)), np.float64)
+        """One sum over the ranks: who answered, with which weight, how many bytes, and what bounds an exact sum."""
+        exact = [name for name, declared in fields.items() if self._is_added_exactly(name, declared)]
+        table = np.zeros((len(dealt.clients), 2 + 2 * len(fields) + len(exact)), np.float64)
         place = {client: row for row, client in enumerate(dealt.clients)}
         for client, reply in outgoing.items():
             numbers = [number for name in fields for number in (reply.data[name].numel(), reply.lengths[name])]
-            table[place[client]] = [1.0, reply.weight, *numbers]
+            table[place[client]] = [1.0, reply.weight, *numbers, *(reply.peaks[name] for name in exact)]
         table = self._comm.sum_everywhere(table.reshape(-1)).reshape(table.shape)
         clients = tuple(client for client in dealt.clients if table[place[client], 0] > 0)
 
@@ -228,12 +242,21 @@ class Exchange:
         nbytes = {name: column(2 + 2 * i) for i, name in enumerate(fields)}
         lengths = {name: column(3 + 2 * i) for i, name in enumerate(fields)}
         weights = {client: float(table[place[client], 1]) for client in clients}
+        bounds = {}
+        for column_of_peaks, name in enumerate(exact, start=2 + 2 * len(fields)):
+            peaks = [float(table[place[client], column_of_peaks]) for client in clients]
+            bounds[name] = bound(peaks, [factor_of(fields[name].reduce, weights[client]) for client in clients])
         logical: Sizes = {("up", name): nbytes[name] for name in fields}
         if any(
             isinstance(declared.reduce, Mean) and declared.reduce.weights == "reply" for declared in fields.values()
         ):
             logical["up", WEIGHT] = dict.fromkeys(clients, 8)
-        return Announcement(clients, weights, nbytes, lengths, logical)
+        return Announcement(clients, weights, nbytes, lengths, bounds, logical)
+
+    def _is_added_exactly(self, name: str, declared: Field) -> bool:
+        if self._reduction != "ordered" or isinstance(declared.reduce, Each):
+            return False
+        return added_exactly(declared, torch.Size(full_shape(declared, 0)).numel(), self._codec("up", name).plain)
 
     def collect(
         self,
@@ -246,8 +269,3 @@ class Exchange:
         """Bring the announced replies to rank 0; the others get None."""
         collection = Collection(self._comm, self._codec, self._device, phase, fields, outgoing, known, dealt)
         return collection.run(self._reduction)
-
-
-def _finite(value: Tensor) -> bool:
-    """No NaN and no infinity: then the sum is finite too, and ten times faster to look at (unless it overflows)."""
-    return math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())

@@ -19,6 +19,9 @@ from mpifed.errors import BadInput
 SHORTEST_SLEEP = 50e-6  # seconds
 LONGEST_SLEEP = 5e-3
 
+REDUCED_BYTES = 4 << 20
+"""Bytes that one blocking reduction adds: longer ones leave the caches (three times slower with MPICH)."""
+
 _LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
@@ -61,7 +64,10 @@ class Mpi(Communicator):
         # Open MPI moves a non-blocking reduction on by a few KB a poll, 1 MB/s in all. So the ranks wait for each other
         # asleep, and reduce at full speed when all are there.
         self.barrier()
-        self._comm.Reduce(send, receive, op=self._mpi.SUM, root=0)
+        step = REDUCED_BYTES // send.itemsize
+        for start in range(0, send.size, step):
+            part = None if receive is None else receive[start : start + step]
+            self._comm.Reduce(send[start : start + step], part, op=self._mpi.SUM, root=0)
 
     def _allreduce(self, send: Buffer, receive: Buffer) -> None:
         self._finish(self._comm.Iallreduce(send, receive, op=self._mpi.SUM))

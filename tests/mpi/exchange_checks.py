@@ -38,6 +38,7 @@ DOWN = {
 }
 UP = {
     "update": Field((1001,), reduce=Mean("reply")),
+    "long": Field((collection.EXACT_ELEMENTS + 1,), reduce=Mean("reply")),
     "buffers": Field((13,), reduce=Mean("uniform")),
     "counts": Field((5,), torch.int64, Sum()),
     "precise": Field((7,), torch.float64, Sum()),
@@ -98,7 +99,7 @@ def talk(comm: Communicator, reduction: Literal["ordered", "tree"], codec: str) 
 
 def seen_by_the_server(received: Received) -> dict[str, Any]:
     seen: dict[str, Any] = {"clients": list(received.clients), "weights": received.weights.tolist()}
-    seen |= {name: bits(received.mean(name)) for name in ("update", "buffers")}
+    seen |= {name: bits(received.mean(name)) for name in ("update", "long", "buffers")}
     seen |= {name: bits(received.sum(name)) for name in ("counts", "precise")}
     return seen | {name: [bits(value) for value in received.each(name)] for name in ("logits", "labels")}
 
@@ -134,8 +135,8 @@ def ordered(comm: Communicator) -> None:
 
 
 def ordered_in_slices(comm: Communicator) -> None:
-    """336 bytes for 5 replies are 64 bytes of each at a time: fields are cut in the middle."""
-    with slices(comm, 336):
+    """6,000 bytes for 5 replies are 1,200 bytes of each at a time: fields are cut in the middle."""
+    with slices(comm, 6000):
         compare(comm, "ordered", "identity")
 
 
@@ -153,15 +154,18 @@ def tree_half(comm: Communicator) -> None:
 
 def what_is_sent_arrives(comm: Communicator) -> None:
     """MPI bytes by kind. Uploads and own rows: all ranks together send what rank 0 receives, or the reverse, which are
-    the logical bytes. Shared fields: rank 0 sends one payload, however many clients there are, and each other rank
-    receives it."""
+    the logical bytes; but of an exact sum every rank sends one vector in float64, and rank 0 receives one. Shared
+    fields: rank 0 sends one payload, however many clients there are, and each other rank receives it."""
     had = talk(comm, "ordered", "identity")
     everybody = comm.gather_bytes(json.dumps(had["traffic"]).encode())
     if everybody is None:
         return
     sent, received = zip(*(json.loads(traffic) for traffic in everybody), strict=True)
     rounds = ("round 1", "round 2")
-    for name in UP:
+    vector = 8 * (collection.EXACT_ELEMENTS + 1)
+    assert [rank["train/up/long"] for rank in sent] == [len(rounds) * vector] * comm.size
+    assert [rank.get("train/up/long", 0) for rank in received] == [len(rounds) * vector] + [0] * (comm.size - 1)
+    for name in UP.keys() - {"long"}:
         kind, logical = f"train/up/{name}", sum(sum(had[r]["logical"]["up", name].values()) for r in rounds)
         assert sum(rank.get(kind, 0) for rank in sent) == logical
         assert [rank.get(kind, 0) for rank in received] == [logical] + [0] * (comm.size - 1)

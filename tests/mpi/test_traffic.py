@@ -20,9 +20,11 @@ MODEL = 4 * (64 * 64 + 64 + 64 * 10 + 10)
 CLIENTS = 10
 
 
-def default_job(reduction: str, ranks: int, folder: Path) -> tuple[list[list[str]], dict[str, tuple[int, int, int]]]:
+def default_job(
+    reduction: str, ranks: int, folder: Path, *overrides: str
+) -> tuple[list[list[str]], dict[str, tuple[int, int, int]]]:
     """By rank the collectives of three rounds in order; and (logical, sent, received) bytes of round 1 by kind."""
-    job = load(None, ["rounds=3", "checkpoint.every_rounds=0", "local.epochs=1", f"reduce={reduction}"])
+    job = load(None, ["rounds=3", "checkpoint.every_rounds=0", "local.epochs=1", f"reduce={reduction}", *overrides])
 
     def main(comm: Communicator) -> tuple[list[str], dict[str, tuple[int, int, int]]]:
         engine = engine_of(job, comm, folder)
@@ -70,3 +72,10 @@ def test_bytes_of_a_round(
         "up.update": (CLIENTS * MODEL, up[0] * MODEL, up[1] * MODEL),
         "up.weight": (CLIENTS * 8, 0, 0),  # travels in the announcement, which is mpifed's own message
     }
+
+
+@pytest.mark.parametrize(("reduction", "itemsize"), [("ordered", 8), ("tree", 4)])
+def test_a_long_model_arrives_as_one_vector(reduction: str, itemsize: int, tmp_path: Path) -> None:
+    """300 hidden units: 64 * 300 + 300 + 300 * 10 + 10 = 22,510 parameters, added on each of three ranks before."""
+    _, totals = default_job(reduction, 3, tmp_path, "model.hidden=[300]")
+    assert totals["up.update"] == (CLIENTS * 22_510 * 4, 3 * 22_510 * itemsize, 22_510 * itemsize)

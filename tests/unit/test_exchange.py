@@ -234,6 +234,13 @@ def test_ordered_is_the_sum_in_float64_in_the_order_of_ids() -> None:
     assert torch.equal(upload(FUSED, fused_replies(), 3).uploads.mean("model"), expected)
 
 
+@pytest.fixture(params=[37, 1 << 14], ids=["exact", "in order"])
+def exact_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model` and `single`, of 37 elements, are added exactly, or nothing is."""
+    monkeypatch.setattr(collection, "EXACT_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("exact_elements")
 @pytest.mark.parametrize("codec", [Identity(), Half()], ids=["identity", "half"])
 @pytest.mark.parametrize("ranks", RANKS)
 def test_ordered_is_the_same_bit_for_bit(ranks: int, codec: Any) -> None:
@@ -241,6 +248,7 @@ def test_ordered_is_the_same_bit_for_bit(ranks: int, codec: Any) -> None:
     assert_equal(results(upload(FUSED, fused_replies(), ranks, codec=codec).uploads), expected)
 
 
+@pytest.mark.usefixtures("exact_elements")
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("slice_bytes", [1, 40, 130, 600])
 def test_slices_change_nothing(slice_bytes: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +266,7 @@ def test_rank_0_is_never_sent_more_than_a_slice(monkeypatch: pytest.MonkeyPatch)
     assert collected.largest == 768
 
 
+@pytest.mark.usefixtures("exact_elements")
 @pytest.mark.parametrize("reduction", ["ordered", "tree"])
 @pytest.mark.parametrize("chunk_bytes", [8, 56, 1000])
 def test_chunks_change_nothing(chunk_bytes: int, reduction: str) -> None:
@@ -265,12 +274,14 @@ def test_chunks_change_nothing(chunk_bytes: int, reduction: str) -> None:
     assert_equal(results(upload(FUSED, fused_replies(), 3, reduction, chunk_bytes=chunk_bytes).uploads), expected)
 
 
+@pytest.mark.usefixtures("exact_elements")
 def test_mean_of_each_is_the_ordered_mean_bit_for_bit() -> None:
     for codec in (Identity(), Half()):
         uploads = upload(FUSED, fused_replies(), 3, codec=codec).uploads
         assert torch.equal(uploads.mean("single"), uploads.mean("model"))
 
 
+@pytest.mark.usefixtures("exact_elements")
 @pytest.mark.parametrize("codec", [Identity(), Half()], ids=["identity", "half"])
 @pytest.mark.parametrize("ranks", RANKS)
 def test_tree_is_close_to_ordered(ranks: int, codec: Any) -> None:
@@ -509,7 +520,46 @@ def test_a_download_that_does_not_fit_is_the_programs_error(payload: Payload, me
         download({name: DOWN[name] for name in ("model", "mine")}, payload, 3)
 
 
+# --- exact sums -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("declared", "codec", "exact"),
+    [
+        (Field((40,), reduce=Mean()), Identity(), True),
+        (Field((5, 8), torch.bfloat16, Sum()), Identity(), True),
+        (Field((39,), reduce=Mean()), Identity(), False),
+        (Field((40,), torch.float64, Sum()), Identity(), False),
+        (Field((40,), torch.int32, Sum()), Identity(), False),
+        (Field((40,), reduce=Mean()), Half(), False),
+        (Field((40,), reduce=Each()), Identity(), False),
+    ],
+)
+def test_what_is_added_exactly(declared: Field, codec: Any, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long plain fields of at most 4 bytes an element, which then carry their peaks: bound 3 * 1 + 2 * 4 = 11."""
+    monkeypatch.setattr(collection, "EXACT_ELEMENTS", 40)
+    size = torch.Size(shape := tuple(size or 0 for size in declared.shape)).numel()
+    values = [torch.full((size,), float(peak)).to(declared.dtype).view(shape) for peak in (3, -2)]
+    replies = {
+        client: Reply({"f": value}, weight) for client, value, weight in zip((0, 1), values, (1, 4), strict=True)
+    }
+    known = upload({"f": declared}, replies, 3, codec=codec).known
+    weighted = isinstance(declared.reduce, Mean)
+    assert known.bounds == ({"f": 11.0 if weighted else 5.0} if exact else {})
+    assert upload({"f": declared}, replies, 3, "tree", codec=codec).known.bounds == {}
+
+
+def test_an_exact_sum_brings_one_vector_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """37 * 8 = 296 bytes in float64 of each rank, of rank 0 too, however many replies it has; slices of at most 240."""
+    monkeypatch.setattr(collection, "EXACT_ELEMENTS", 37)
+    monkeypatch.setattr(collection, "SLICE_BYTES", 240)
+    collected = upload({"model": FUSED["model"]}, {c: Reply({"model": noise(c, 37)}) for c in range(5)}, 3)
+    assert [by_kind(sent)["model"] for sent, _ in collected.counted] == [296] * 3
+    assert [by_kind(received).get("model", 0) for _, received in collected.counted] == [296, 0, 0]
+    assert collected.known.logical["up", "model"] == dict.fromkeys(range(5), 148)
+    assert collected.largest == 240
+
+
 # --- MPI bytes --------------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("exact_elements")
 @pytest.mark.parametrize("codec", [Identity(), Half()], ids=["identity", "half"])
 @pytest.mark.parametrize("reduction", ["ordered", "tree"])
 @pytest.mark.parametrize("ranks", RANKS)
