@@ -77,6 +77,10 @@ class Row:
     """Clients keep a state from round to round."""
     evaluates: str = "server"
     """Whose model is tested: `server` or `clients`."""
+    sends_statistics: bool = False
+    """Running statistics reach the server even where clients keep their own: it runs the clients' models."""
+    tree_tolerance: float = 2e-6
+    """How far `reduce = "tree"` may be from the ordered result, relative to each tensor's norm."""
     local: Mapping[str, Any] = field(default_factory=dict)
     """`[local]` where the algorithm asks for something else than `LOCAL`."""
 
@@ -105,10 +109,22 @@ def scaffold_derived(sizes: Sizes, round_: int) -> dict[str, int]:
     return model_unweighted(sizes, round_) | {"down.control": d, "up.displacement": 8 * sizes.participants}
 
 
+def with_class_counts(of_base: Callable[[Sizes, int], dict[str, int]]) -> Callable[[Sizes, int], dict[str, int]]:
+    """FedFTG: the base's bytes, and an int32 a class from every client, of which the client's weight is the sum."""
+
+    def formula(sizes: Sizes, round_: int) -> dict[str, int]:
+        counts = {"up.class_counts": 4 * sizes.classes * sizes.participants}
+        return {kind: size for kind, size in of_base(sizes, round_).items() if kind != "up.weight"} | counts
+
+    return formula
+
+
 def nothing(sizes: Sizes, round_: int) -> dict[str, int]:
     """No exchange."""
     return {}
 
+
+FEDFTG: dict[str, Any] = {"name": "fedftg", "iterations": 2, "batch_size": 8, "noise": 4, "channels": 8}
 
 LOCAL: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.1, "momentum": 0.5}
 STEPS: dict[str, Any] = {"steps": 4, "batch_size": 8, "lr": 0.1, "momentum": 0.5}
@@ -122,6 +138,29 @@ ROWS: tuple[Row, ...] = (
     Row("scaffold-derived", {"name": "scaffold", "payload": "derived"}, scaffold_derived, stateful=True, local=STEPS),
     Row("feddyn", {"name": "feddyn", "alpha": 0.1}, model_unweighted, stateful=True),
     Row("feddyn-adaptive", {"name": "feddyn", "alpha": 0.1, "adaptive": True}, model_unweighted, stateful=True),
+    Row("fedftg", FEDFTG, with_class_counts(model_both_ways), sends_statistics=True),
+    Row("fedftg-official", FEDFTG | {"variant": "official"}, with_class_counts(model_both_ways), sends_statistics=True),
+    Row(
+        "fedftg-fedprox",
+        FEDFTG | {"base": {"name": "fedprox", "mu": 0.5}},
+        with_class_counts(model_both_ways),
+        sends_statistics=True,
+    ),
+    Row(
+        "fedftg-feddyn",
+        FEDFTG | {"base": "feddyn"},
+        with_class_counts(model_unweighted),
+        stateful=True,
+        sends_statistics=True,
+    ),
+    Row(
+        "fedftg-scaffold",
+        FEDFTG | {"base": "scaffold"},
+        with_class_counts(scaffold_naive),
+        stateful=True,
+        sends_statistics=True,
+        tree_tolerance=1e-2,  # Adam makes steps of what is rounding, as of a bias before a batch normalisation
+    ),
     Row("local", {"name": "local"}, nothing, stateful=True, evaluates="clients"),
     Row("pooled", {"name": "pooled"}, nothing, stateful=True, evaluates="clients"),
 )

@@ -5,6 +5,7 @@ ALGORITHMS: dict[str, str] = {
     "fedprox": "mpifed.algorithms.fedprox:FedProx",
     "scaffold": "mpifed.algorithms.scaffold:Scaffold",
     "feddyn": "mpifed.algorithms.feddyn:FedDyn",
+    "fedftg": "mpifed.algorithms.fedftg:FedFTG",
     "local": "mpifed.algorithms.local:Local",
     "pooled": "mpifed.algorithms.local:Pooled",
 }

@@ -96,7 +96,7 @@ def test_tree_is_close(row: Row, alone: Callable[[Row], Outcome], tmp_path: Path
     assert outcome.keys() == expected.keys()
     for name, tensor in expected.items():
         distance = (outcome[name].double() - tensor.double()).norm()
-        assert distance <= 2e-6 * max(tensor.double().norm(), 1.0), name
+        assert distance <= row.tree_tolerance * max(tensor.double().norm(), 1.0), name
 
 
 @every_row
@@ -184,7 +184,7 @@ def test_running_statistics_of_ones_own(row: Row, tmp_path: Path) -> None:
     table = {"name": "tests.algorithm_table:model", "buffers": "local"}
     outcomes = [run(job_of(row, model=table), tmp_path / str(ranks), ranks) for ranks in (1, 3)]
     assert_same_bits(outcomes[0].tensors(), outcomes[1].tensors())
-    assert not any("buffers" in kind for _, kind in outcomes[0].logical())
+    assert any("buffers" in kind for _, kind in outcomes[0].logical()) == row.sends_statistics
     assert all("buffers" in record["state"] for record in outcomes[0].clients.values())
 
 
