@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import importlib
@@ -337,7 +338,7 @@ def _codec(value: Any) -> Any:
         return value
     if not isinstance(value, dict):
         raise ValueError('must be a codec such as "half", or a table such as {"up.update" = "half"}')
-    flat = dict(_flatten(value))
+    flat = dict(flatten(value))
     for field, text in flat.items():
         if not re.fullmatch(r"(up|down)\.[A-Za-z0-9_-]+", field):
             raise BadInput(f"codec.{field}: a field is named up.<field> or down.<field>, as in codec.up.update")
@@ -470,7 +471,7 @@ class Job(_Table):
         return _digest({key: value for key, value in self._hashed().items() if key not in self._free_to_change()})
 
     def _hashed(self) -> dict[str, Any]:
-        return {key: value for key, value in _flatten(json.loads(self.canonical())) if not _unhashed(key)}
+        return {key: value for key, value in flatten(json.loads(self.canonical())) if not unhashed(key)}
 
     def _free_to_change(self) -> set[str]:
         return set() if self.local.lr_schedule == "cosine" or _scheduled(self.codec) else {"rounds"}
@@ -484,15 +485,16 @@ def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _unhashed(key: str) -> bool:
+def unhashed(key: str) -> bool:
+    """Whether a dotted key says where, and not what, a run computes."""
     return any(key == name or key.startswith(name + ".") for name in UNHASHED)
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything in nested tables; an empty table is a value."""
     for key, value in table.items():
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -501,22 +503,29 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def load(text: str | None, overrides: Sequence[str] = (), source: str = "the job") -> Job:
     """The job in a TOML `text` (None: `DEFAULT_JOB`) with `overrides` such as `local.lr=0.05`.
 
-    The value of an override is read as TOML, or else taken as a bare string. An override that changes the `name` in a
-    table drops the parameters of the old name; one that sets `local.steps` drops `local.epochs`, and the reverse. Where
+    The value of an override is read as TOML, or else taken as a bare string; `merge` says what an override does. Where
     clients have models of their own, the first of them is `[model]` if that is left out.
     `source` is the file's name for the message of a syntax error. Raises `BadInput`, one line for each fault, naming
     the dotted keys.
     """
+    return from_document(merge(parse(text, source), _given(overrides)))
+
+
+def parse(text: str | None, source: str = "the job") -> dict[str, Any]:
+    """The tables in a TOML `text` (None: `DEFAULT_JOB`), not validated. Raises `BadInput` for a syntax error."""
     text = DEFAULT_JOB if text is None else text
     try:
-        document = tomllib.loads(text)
+        return tomllib.loads(text)
     except ValueError as error:  # TOMLDecodeError, or an integer of thousands of digits
         where = str(error).replace("at end of document", f"at line {len(text.splitlines())}, the end")
         raise BadInput(f"{source} is not valid TOML: {where}") from error
-    _override(document, overrides)
+
+
+def from_document(document: Mapping[str, Any]) -> Job:
+    """The job in the tables of a parsed file. Raises `BadInput`, one line for each fault, naming the dotted keys."""
     if "model" not in document and isinstance(own := document.get("client_models"), list) and own:
-        document["model"] = own[0]
-    for key, value in _flatten(document):
+        document = {**document, "model": own[0]}
+    for key, value in flatten(document):
         if isinstance(value, datetime.datetime | datetime.date | datetime.time):
             raise BadInput(f"{key}: no key holds a date or a time, but the job says {value}")
     return _validate(json.dumps(document, default=str))
@@ -555,9 +564,9 @@ def _unknown(key: str) -> BadInput:
     return BadInput(f"`{key}` is not a key of the job; did you mean `{elsewhere[0]}`?") if elsewhere else error
 
 
-def _override(document: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Apply `key=value` texts in place: names first, so that parameters are never dropped with an old name."""
-    values: dict[tuple[str, ...], Any] = {}
+def _given(overrides: Sequence[str]) -> dict[str, Any]:
+    """Values by dotted key from `key=value` texts."""
+    values: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         key = key.strip()
@@ -567,25 +576,40 @@ def _override(document: dict[str, Any], overrides: Sequence[str]) -> None:
             raise BadInput(
                 f"'{text}' is not an override; its key '{key}' must be dotted names, for example local.lr=0.05"
             )
-        path = tuple(key.split("."))
-        if path[0] == "codec" and len(path) > 1:
-            path = ("codec", ".".join(path[1:]))
-        if path in values:
+        if key in values:
             raise BadInput(f"{key}: is given twice among the overrides")
-        values[path] = _value(value.strip())
+        values[key] = _value(value.strip())
+    return values
+
+
+def merge(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the tables of a job with `overrides`, values by dotted key; nothing is validated.
+
+    One that changes the `name` in a table drops the parameters of the old name (names go first, so that parameters
+    given with it stay); one that sets `local.steps` drops `local.epochs`, and the reverse. Raises `BadInput` where a
+    table is overridden both as a whole and in part.
+    """
+    merged = copy.deepcopy(dict(document))
+    values = {_path(key): value for key, value in overrides.items()}
     for path in values:
         for whole in (path[:length] for length in range(1, len(path))):
             if whole in values:
                 raise BadInput(
                     f"{'.'.join(path)}: {'.'.join(whole)} is overridden as a whole as well; drop one of them"
                 )
-    if isinstance(document.get("codec"), dict):
-        document["codec"] = dict(_flatten(document["codec"]))
+    if isinstance(merged.get("codec"), dict):
+        merged["codec"] = dict(flatten(merged["codec"]))
     for path in sorted(values, key=lambda path: path[-1] != "name"):
-        _set(document, path, values[path])
+        _set(merged, path, values[path])
     for chosen, other in (("steps", "epochs"), ("epochs", "steps")):
         if ("local", chosen) in values and ("local", other) not in values:
-            document["local"].pop(other, None)
+            merged["local"].pop(other, None)
+    return merged
+
+
+def _path(key: str) -> tuple[str, ...]:
+    path = tuple(key.split("."))
+    return ("codec", ".".join(path[1:])) if path[0] == "codec" and len(path) > 1 else path
 
 
 def _value(text: str) -> Any:
@@ -617,17 +641,23 @@ def _set(document: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
+def changed_keys(old: Job, new: Job) -> dict[str, tuple[Any, Any]]:
+    """Old and new value of every key that can change results and did; empty where the `sha256` are equal."""
+    before, after = old._hashed(), new._hashed()
+    return {
+        key: (before.get(key), after.get(key)) for key in sorted(before | after) if before.get(key) != after.get(key)
+    }
+
+
 def check_resume(old: Job, new: Job, done: int = 0) -> None:
     """Refuse to go on with a run of `old`, of which `done` rounds are computed, as `new`, where results would not fit.
 
     What is not hashed (`UNHASHED`) may change, and `rounds`, down to `done`; not with a learning rate or a codec that
     depends on it (`cosine`, a schedule of `svd`). Raises `BadInput` naming the changed keys.
     """
-    before, after = old._hashed(), new._hashed()
-    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-    changed = [key for key in changed if key not in new._free_to_change()]
+    changed = {key: values for key, values in changed_keys(old, new).items() if key not in new._free_to_change()}
     if changed:
-        listed = ", ".join(f"{key} ({json.dumps(before.get(key))} -> {json.dumps(after.get(key))})" for key in changed)
+        listed = ", ".join(f"{key} ({json.dumps(was)} -> {json.dumps(is_)})" for key, (was, is_) in changed.items())
         raise BadInput(f"the run cannot be resumed with another {listed}; start a new run folder with out=...")
     if new.rounds < done:
         raise BadInput(f"rounds: {done} rounds are done already, but the job says {new.rounds}")
