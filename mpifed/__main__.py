@@ -12,7 +12,8 @@ from mpifed.errors import BAD_INPUT, MpifedError
 
 COMMANDS = {
     "run": ("mpifed.run", "train: python -m mpifed run [JOB.toml] [key=value ...]"),
-    "report": ("mpifed.report.command", "compare runs: a table and figures from run folders"),
+    "sweep": ("mpifed.sweep.command", "list, run or resume the jobs of a sweep file"),
+    "report": ("mpifed.report.command", "compare runs, or the means of a sweep: tables and figures"),
     "export": ("mpifed.export", "write the final model of a run as safetensors"),
 }
 """Module (with a `main(argv) -> exit code`) and one line of help for each command; imported only when used."""

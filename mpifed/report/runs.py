@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from mpifed.storage.summary import measured, number
 class Run:
     """A run folder read for a report.
 
-    `state` is "complete", "incomplete, 12 of 20 rounds" or names the damaged file; `notes` are whole sentences.
+    `state` is "complete", "incomplete, 12 of 20 rounds" or names the damaged file; `notes` are whole sentences. `job`:
+    the tables of `job.toml`, not validated.
     `totals` is `mpifed.storage.summary.measured` of `metrics`, the rows of `metrics.jsonl`. `by_kind`: logical bytes
     by "direction.kind". What could not be read is None or empty.
     """
@@ -40,20 +41,27 @@ class Run:
     totals: dict[str, Any]
     by_kind: dict[str, int] = field(default_factory=dict)
     record: Record | None = None
+    job: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
 
-    def curve(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Accuracy (fraction) of the evaluated rounds, with the round, and the bytes (logical, up and down) and
-        seconds spent until then; arrays of one length."""
+    def curve(self, column: str = "accuracy") -> dict[str, npt.NDArray[np.float64]]:
+        """Accuracy (a fraction), or what another `column` of the metrics holds, of the rounds that have it, with the
+        round, and the bytes (logical, up and down) and seconds spent until then; arrays of one length."""
         rows = []
         sent = seconds = 0.0
         for row in self.metrics:
             sent += sum(number(row, "bytes", "logical", direction) or 0 for direction in ("up", "down"))
             seconds += number(row, "seconds", "total") or 0
-            accuracy = number(row, "accuracy")
-            if accuracy is not None:
-                rows.append((accuracy, row["round"], sent, seconds))
+            value = column_value(row, column)
+            if value is not None:
+                rows.append((value, row["round"], sent, seconds))
         columns = np.array(rows, np.float64).reshape(-1, 4).T
-        return dict(zip(("accuracy", "round", "bytes", "seconds"), columns, strict=True))
+        return dict(zip((column, "round", "bytes", "seconds"), columns, strict=True))
+
+
+def column_value(row: Mapping[str, Any], column: str) -> int | float | None:
+    """The number in a metrics row under a name, which may be nested as `bytes.logical.up` is; None for none."""
+    return number(row, column) if column in row else number(row, *column.split("."))
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -110,6 +118,8 @@ def read_run(path: str | Path) -> Run:
         totals=totals,
         by_kind={str(kind): int(size) for kind, size in by_kind.items() if isinstance(size, int)},
         record=record,
+        job=job,
+        complete=complete,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpifed.progress import megabytes, percent
+from mpifed.report.layout import Cell, Table, aligned, markdown_row
 from mpifed.report.runs import Run
 from mpifed.storage.summary import SECONDS
 
@@ -46,17 +47,15 @@ def cells(run: Run) -> list[str]:
 
 def text_table(runs: Sequence[Run]) -> str:
     """Aligned plain text: a header, a rule, one line a run; then the notes on what is damaged."""
-    table = [list(HEADER), *map(cells, runs)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if name in TEXT_COLUMNS else cell.rjust(width)
-            for name, cell, width in zip(HEADER, row, widths, strict=True)
-        ).rstrip()
-        for row in table
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    left = [column for column, name in enumerate(HEADER) if name in TEXT_COLUMNS]
+    lines = aligned([HEADER, *map(cells, runs)], left)
     return "\n".join(lines + [f"note: {note}" for run in runs for note in run.notes])
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """The same for any form that `mpifed.report.layout` knows."""
+    notes = [LEGEND, *(f"note: {note}" for run in runs for note in run.notes)]
+    return Table("Comparison of runs", HEADER, [[Cell(text) for text in cells(run)] for run in runs], notes, left=3)
 
 
 def csv_table(runs: Sequence[Run]) -> str:
@@ -83,7 +82,7 @@ def page(runs: Sequence[Run], figures: Sequence[tuple[str, Path]]) -> str:
     """The Markdown page: table, figures (`caption`, file beside the page), absent clients, notes."""
     rule = ["---" if name in TEXT_COLUMNS else "--:" for name in HEADER]
     lines = ["# Comparison of runs" if len(runs) > 1 else f"# Run {runs[0].name}", ""]
-    lines += [_markdown_row(row) for row in (HEADER, rule, *map(cells, runs))] + ["", LEGEND]
+    lines += [markdown_row(row) for row in (HEADER, rule, *map(cells, runs))] + ["", LEGEND]
     notes = [note for run in runs for note in run.notes]
     if notes:
         lines += ["", "## What could not be read", "", *(f"- {note}" for note in notes)]
@@ -93,10 +92,6 @@ def page(runs: Sequence[Run], figures: Sequence[tuple[str, Path]]) -> str:
     if absent:
         lines += ["", "## Absent clients", "", *absent]
     return "\n".join(lines) + "\n"
-
-
-def _markdown_row(row: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 
 
 def _absent_lines(run: Run) -> list[str]:
