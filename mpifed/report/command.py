@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from mpifed.errors import BadInput
+from mpifed.output import say
 from mpifed.report.layout import RENDER, Form
 from mpifed.report.runs import read_runs
 from mpifed.report.table import csv_table, page, runs_table, text_table
@@ -42,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _report_runs(paths: Sequence[str], out: Path | None, form: Form) -> int:
     runs = read_runs(paths)
-    print(text_table(runs) if form == "text" else RENDER[form](runs_table(runs)), flush=True)
+    _print(text_table(runs) if form == "text" else RENDER[form](runs_table(runs)))
     out = out or (runs[0].path / "report" if len(runs) == 1 else Path("report"))
 
     from mpifed.report.figures import draw  # after the table, which need not wait for matplotlib
@@ -60,7 +62,7 @@ def _report_sweep(path: str, out: Path | None, form: Form) -> int:
     from mpifed.sweep.plan import read_sweep
 
     results = report.read_results(read_sweep(path))
-    print(report.document(results, form), flush=True)
+    _print(report.document(results, form))
     out = out or results.sweep.folder / "report"
 
     from mpifed.report.sweep_figures import draw
@@ -86,4 +88,8 @@ def _writing(out: Path) -> Iterator[None]:
 def _say_where(out: Path, figures: int, form: Form) -> None:
     """Only beneath text: a table in another form is meant for a file."""
     if form == "text":
-        print(f"\n{out / 'report.md'}: table and {figures} figures")
+        _print(f"\n{out / 'report.md'}: table and {figures} figures")
+
+
+def _print(text: str) -> None:
+    say(text + "\n", sys.stdout)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 _LATEX = {
@@ -38,7 +39,8 @@ class Cell:
 class Table:
     """A title, a header, rows as long as it, and remarks beneath. `left`: how many columns are aligned to the left.
 
-    Rows and remarks are what they say; `columns_title` stands above the columns after the `left` ones.
+    `columns_title` stands above the columns after the `left` ones; `label` is for references in LaTeX; `strong` says
+    what is marked as strong.
     """
 
     title: str
@@ -47,17 +49,28 @@ class Table:
     notes: Sequence[str] = ()
     left: int = 1
     columns_title: str = ""
-    label: str = field(default="", compare=False)
+    label: str = ""
+    strong: str = ""
 
 
 def as_text(table: Table) -> str:
-    """Columns at least two blanks apart, a rule below the header."""
-    rows = [list(table.header), *([cell.text for cell in row] for row in table.rows)]
+    """Columns at least two blanks apart, a rule below the header; a star behind what is strong."""
+    starred = [any(row[column].strong for row in table.rows) for column in range(len(table.header))]
+    rows = [[text + " " * star for text, star in zip(table.header, starred, strict=True)]]
+    for row in table.rows:
+        rows.append([cell.text + star * ("*" if cell.strong else " ") for cell, star in zip(row, starred, strict=True)])
     lines = aligned(rows, range(table.left))
     if table.columns_title:
         *_, blank = re.split(r"-(?=  )", lines[1], maxsplit=table.left)
         lines.insert(0, " " * (len(lines[1]) - len(blank) + 2) + table.columns_title)
-    return "\n".join([table.title, *lines, *(f"  {note}" for note in table.notes)])
+    notes = [*([f"*: {table.strong}."] if any(starred) else []), *table.notes]
+    return "\n".join(
+        [
+            table.title,
+            *lines,
+            *(textwrap.fill(note, 110, initial_indent="  ", subsequent_indent="  ") for note in notes),
+        ]
+    )
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Container[int]) -> list[str]:
@@ -81,8 +94,14 @@ def as_markdown(table: Table) -> str:
     rule = ["---" if column < table.left else "--:" for column in range(len(header))]
     rows = [header, rule, *([_markdown(cell) for cell in row] for row in table.rows)]
     lines = [markdown_row(row) for row in rows]
-    notes = ["", *(f"{note}  " for note in table.notes)] if table.notes else []
+    notes = ["", *(f"{note}  " for note in _notes(table))] if table.notes else []
     return "\n".join([f"### {table.title}", "", *lines, *notes])
+
+
+def _notes(table: Table) -> list[str]:
+    """The remarks, with what bold type means."""
+    bold = any(cell.strong for row in table.rows for cell in row)
+    return [*table.notes, *([f"Bold: {table.strong}."] if bold else [])]
 
 
 def markdown_row(row: Sequence[str]) -> str:
@@ -106,7 +125,7 @@ def as_latex(table: Table) -> str:
         title = latex(table.columns_title)
         span = f"{blanks}\\multicolumn{{{columns - table.left}}}{{c}}{{{title}}} \\\\\n"
         span += f"\\cmidrule(lr){{{first}-{columns}}}\n"
-    caption = " ".join(latex(text.rstrip(".") + ".") for text in (table.title, *table.notes))
+    caption = " ".join(latex(text.rstrip(".") + ".") for text in (table.title, *_notes(table)))
     rows = [" & ".join(map(_latex, row)) + r" \\" for row in table.rows]
     return "\n".join(
         [

@@ -163,13 +163,14 @@ def metric_table(results: Results, metric: Metric, panel: Mapping[str, Any]) -> 
         variant.label: [_mean(metric, results.runs_at(variant.label, point)) for point in points]
         for variant in sweep.variants
     }
-    columns = [[means[variant.label][index] for variant in sweep.variants] for index in range(len(points))]
-    best = [_best(results, metric, column, point) for column, point in zip(columns, points, strict=True)]
+    best = [_best(results, metric, point) for point in points]
     rows: list[list[Cell]] = []
     cited: list[Published] = []
     for variant in sweep.variants:
         cells = [
-            _metric_cell(results, metric, variant.label, point, mean is not None and mean == best[column])
+            _metric_cell(
+                results, metric, variant.label, point, not variant.bound and mean is not None and mean == best[column]
+            )
             for column, (point, mean) in enumerate(zip(points, means[variant.label], strict=True))
         ]
         rows.append([Cell(variant.label), *cells])
@@ -181,8 +182,6 @@ def metric_table(results: Results, metric: Metric, panel: Mapping[str, Any]) -> 
                 label = Cell(f"  published [{cited.index(table) + 1}]", aside=True)
                 rows.append([label, *(Cell(number, aside=True) for number in numbers)])
     notes = [_spread_note(sweep, metric)]
-    if any(best):
-        notes[0] += " Bold: the highest mean of a column without missing members."
     notes += [f"[{index + 1}] {table.source}" for index, table in enumerate(cited)]
     notes += _missing_note(results, points)
     return Table(
@@ -192,6 +191,7 @@ def metric_table(results: Results, metric: Metric, panel: Mapping[str, Any]) -> 
         notes,
         columns_title=sweep.labels.get(sweep.columns, ""),
         label=f"{sweep.name}-{metric.column}-{metric.statistic}",
+        strong="the highest mean of a column that misses no member",
     )
 
 
@@ -213,13 +213,12 @@ def _mean(metric: Metric, runs: Sequence[Run]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _best(results: Results, metric: Metric, means: Sequence[float | None], point: Mapping[str, Any]) -> float | None:
-    """The highest of a column's means where it has them all, more than one, and higher is better."""
+def _best(results: Results, metric: Metric, point: Mapping[str, Any]) -> float | None:
+    """The highest of a column's means, bounds aside, where none is missing, and where higher is better."""
+    rivals = [variant.label for variant in results.sweep.variants if not variant.bound]
+    means = [_mean(metric, results.runs_at(label, point)) for label in rivals]
+    whole = all(len(results.runs_at(label, point)) == len(results.members_at(label, point)) for label in rivals)
     present = [mean for mean in means if mean is not None]
-    whole = all(
-        len(results.runs_at(variant.label, point)) == len(results.members_at(variant.label, point))
-        for variant in results.sweep.variants
-    )
     return max(present) if metric.percent and whole and 1 < len(present) == len(means) else None
 
 

@@ -44,6 +44,9 @@ class Variant(_Table):
     label: str = Field(min_length=1, description="Its name in tables, figures and names of members.")
     set: dict[str, Any] = Field(default_factory=dict, description="Overrides: dotted keys and values.")
     ranks: int | None = Field(default=None, ge=1, description="MPI ranks of its members, instead of the sweep's.")
+    bound: bool = Field(
+        default=False, description="A bound, such as pooled training: a level line in figures, never marked as best."
+    )
 
 
 class Published(_Table):
