@@ -29,6 +29,9 @@ from mpifed.storage.run_folder import RunFolder, replacing, to_json
 SNAPSHOT = "sweep.json"
 """The sweep as it was last run, its base job included: what makes a sweep folder readable without the sweep file."""
 
+RESERVED = ("jobs", "logs", "report")
+"""What else stands in a sweep's folder."""
+
 LONGEST_NAME = 80
 """Characters; a longer name of a member is cut, and told apart by a part of its hash."""
 
@@ -223,9 +226,15 @@ def _slug(text: str) -> str:
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 def is_sweep(path: str | Path) -> bool:
-    """Whether a path is that of a sweep file or of a sweep's folder, and not of a run's."""
+    """Whether a path is that of a sweep's folder, or of a TOML file with a key that sweeps have and jobs have not."""
     path = Path(path)
-    return path.is_file() if path.suffix == ".toml" else (path / SNAPSHOT).is_file()
+    if path.is_dir():
+        return (path / SNAPSHOT).is_file()
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # ValueError: TOML, encoding
+        return False
+    return not document.keys().isdisjoint({"base", "job", "seeds", "grid", "variant"})
 
 
 def read_sweep(path: str | Path, out: str = "") -> Sweep:
@@ -296,7 +305,7 @@ def _checked(document: Mapping[str, Any], path: Path) -> SweepFile:
 def _unknown(place: tuple[int | str, ...]) -> BadInput:
     tables: dict[str, type[BaseModel]] = {"variant": Variant, "published": Published}
     owner = tables.get(str(place[0]), SweepFile)
-    names = [str(part) for part in place if isinstance(part, str)]
+    names = [part for part in place if isinstance(part, str)]
     return unknown_key(".".join(names), owner.model_fields, "a sweep" if owner is SweepFile else f"[[{place[0]}]]")
 
 
@@ -324,6 +333,7 @@ def _faults(sweep: Sweep) -> Iterator[str]:
     except BadInput as error:  # a table that is overridden as a whole and in part
         yield str(error)
         return
+    yield from (f"no member can be called '{name}'; use another label" for name in names if name in RESERVED)
     yield from (f"two members would be called '{name}'; use other labels or values" for name in _twice(names))
     yield from _published_faults(sweep)
 

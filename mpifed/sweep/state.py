@@ -83,20 +83,20 @@ def disagreement(member: Member, recorded: Mapping[str, Any]) -> str:
 
     Only keys that the sweep gives are compared: defaults are not known here, and the run has them written out.
     """
-    given = dict(flatten(member.document))
-    found = dict(flatten(recorded))
-    differ = [
-        f"{key} {json.dumps(found.get(key), default=str)}, not {json.dumps(value, default=str)}"
-        for key, value in given.items()
-        if not unhashed(key) and value != {} and not _agree(value, found.get(key))
-    ]
-    return some(differ)
+    return some(list(_differences(member.document, recorded, "")))
 
 
-def _agree(given: Any, recorded: Any) -> bool:
-    """Whether a recorded value is the given one, with or without defaults filled in."""
+def _differences(given: Any, recorded: Any, key: str) -> Iterator[str]:
+    """What differs in nested values, with or without defaults filled in: `rounds 3, not 20`."""
+    if unhashed(key):
+        return
     if isinstance(given, dict) and isinstance(recorded, dict):
-        return all(_agree(value, recorded.get(key)) for key, value in given.items())
-    if isinstance(given, list) and isinstance(recorded, list):
-        return len(given) == len(recorded) and all(map(_agree, given, recorded))
-    return bool(given == recorded)
+        for name, value in given.items():
+            yield from _differences(value, recorded.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(given, list) and isinstance(recorded, list) and len(given) == len(recorded):
+        for index, (value, found) in enumerate(zip(given, recorded, strict=True)):
+            yield from _differences(value, found, f"{key}.{index}")
+    elif isinstance(given, str) and isinstance(recorded, dict) and recorded.get("name") == given:
+        return  # a component by its name alone, as `algorithm.base`
+    elif given != recorded and given != {}:
+        yield f"{key} {json.dumps(recorded, default=str)}, not {json.dumps(given, default=str)}"
