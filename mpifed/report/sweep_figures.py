@@ -234,7 +234,7 @@ def _make_room(figure: Figure, used: Sequence[tuple[Axes, Panel]]) -> None:
     else:
         low = 0.0
         axes.set_xlim(low, high + (high - low) * share / (1 - share))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xticks([tick for tick in axes.get_xticks() if low * 0.999 <= tick <= high * 1.001])
     for axes, _ in used:
         axes.spines["bottom"].set_bounds(axes.get_xlim()[0], high)

@@ -385,6 +385,31 @@ def test_members_run_at_once(tmp_path: Path, launcher: Path, capsys: pytest.Capt
     assert first == ["start", "start", "complete"]
 
 
+def test_the_batch_script_runs_a_member_and_asks_for_a_requeue(tmp_path: Path, launcher: Path) -> None:
+    """slurm/run.sh with stand-ins for Slurm's commands: task 0 of an array is stopped by USR1, and goes on."""
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    srun = f'[ "$1 $2" = "--kill-on-bad-exit=0 --wait=60" ] && shift 2 && exec {launcher} "$@"'
+    python = f'exec {sys.executable} "$@"'
+    scontrol = f'echo "$@" > {tmp_path / "requeued"}'
+    for name, line in {"srun": srun, "python": python, "scontrol": scontrol, "mpirun": "echo HYDRA"}.items():
+        (bin_ / name).write_text(f"#!/bin/bash\n{line}\n")
+        (bin_ / name).chmod(0o755)
+    slurm = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "42"}
+    paths = {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = ["bash", str(ROOT / "slurm" / "run.sh"), "sweep", str(write(tmp_path, "seeds = [2, 5]"))]
+
+    batch = subprocess.Popen(command, cwd=tmp_path, env=os.environ | slurm | paths)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "calls.ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    batch.send_signal(signal.SIGUSR1)
+    assert batch.wait(60) == 75
+    assert (tmp_path / "requeued").read_text() == "requeue 42\n"
+    assert subprocess.run(command, cwd=tmp_path, env=os.environ | slurm | paths, timeout=60).returncode == 0
+    assert calls(tmp_path) == ["-n 4 OUT/jobs/seed2.toml", "-n 4 --resume OUT/seed2"]
+
+
 def test_members_are_known_without_torch() -> None:
     program = (
         "import sys; from mpifed.sweep.plan import read_sweep; "
