@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mpifed.algorithms.base import Absent, Ensemble, Phase, Reply
@@ -153,9 +152,10 @@ class Engine:
 
         seconds = self.job.checkpoint.every_seconds
         wanted = self.comm.rank == 0 and 0 < seconds <= time.monotonic() - self._last_checkpoint
-        with self._clock.time("communicate"):
-            stop, timed = self.comm.sum_everywhere(torch.tensor([self._stop.asked, wanted]).double().numpy()) > 0
-        self._record(round_, logged, absent, own, exchanged, len(sampled), replies, began)
+        asked_for = [float(self._stop.asked), float(wanted)]
+        stop, timed = self._record(
+            round_, logged, absent, own, exchanged, len(sampled), replies, began, asked_for=asked_for
+        )
         self.round = round_
         every = self.job.checkpoint.every_rounds
         last = round_ == self.job.rounds
@@ -330,16 +330,20 @@ class Engine:
         sampled: int,
         replies: int,
         began: float,
-    ) -> None:
-        """Bring every rank's numbers of the round to rank 0, which writes them down."""
+        asked_for: list[float],
+    ) -> list[bool]:
+        """Bring every rank's numbers of the round to rank 0, which writes them down; returns whether some rank
+        `asked_for` what, in the same message."""
         own = Report(logged, absent, own_tests, *self.comm.traffic.take(), self._clock.take())
-        parts = self.comm.gather_bytes(own.to_bytes())
+        with self._clock.time("wait"):  # for the server's step; in the next round's report
+            parts, wishes = self.comm.gather_bytes_and_sum(own.to_bytes(), asked_for)
+        agreed = [wish > 0 for wish in wishes]
         _, own_received = self.comm.traffic.take()  # of this message itself, which no rank could count in it
         if parts is None:
-            return
+            return agreed
         reports = [Report.from_bytes(part) for part in parts]
         for rank, (part, report) in enumerate(zip(parts, reports, strict=True)):
-            lengths = 8 * self.comm.size
+            lengths = 8 * (self.comm.size + len(asked_for))
             _add(report.sent, {CONTROL: lengths + len(part)})
             _add(report.received, own_received if rank == 0 else {CONTROL: lengths})
         self._open = self.records.add_round(
@@ -352,6 +356,7 @@ class Engine:
             seconds=time.perf_counter() - began,
             tested_later=self.algorithm.evaluates != "clients" and self._evaluation_due(round_),
         )
+        return agreed
 
     @cached_property
     def _usual_rank(self) -> dict[int, int]:

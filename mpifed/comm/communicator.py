@@ -174,14 +174,21 @@ class Communicator(ABC):
 
     def gather_bytes(self, data: bytes, kind: str = CONTROL) -> list[bytes] | None:
         """Every rank's `data` in rank order at rank 0; the others get None."""
-        lengths = np.zeros(self.size, np.float64)
-        lengths[self.rank] = len(data)
-        counts = [int(length) for length in self.sum_everywhere(lengths, kind)]
+        return self.gather_bytes_and_sum(data, (), kind)[0]
+
+    def gather_bytes_and_sum(
+        self, data: bytes, numbers: Sequence[float], kind: str = CONTROL
+    ) -> tuple[list[bytes] | None, Sequence[float]]:
+        """The same, and on every rank the sums of `numbers`, which travel with the lengths of the data."""
+        said = np.zeros(self.size + len(numbers), np.float64)
+        said[self.rank], said[self.size :] = len(data), numbers
+        said = self.sum_everywhere(said, kind)
+        counts, sums = [int(length) for length in said[: self.size]], said[self.size :].tolist()
         buffer = self.gather(np.frombuffer(data, np.uint8), counts, {kind: len(data)}, {kind: sum(counts)})
         if buffer is None:
-            return None
+            return None, sums
         ends = np.cumsum(counts)
-        return [buffer[end - count : end].tobytes() for end, count in zip(ends, counts, strict=True)]
+        return [buffer[end - count : end].tobytes() for end, count in zip(ends, counts, strict=True)], sums
 
     def agree(self, problem: str | None) -> str | None:
         """The first rank's problem, known to every rank; None where no rank has one."""

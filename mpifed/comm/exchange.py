@@ -1,8 +1,8 @@
 """The exchange: payloads to buffers, buffers to collectives, and back; the same collectives on every rank.
 
-A download is one broadcast of all shared fields, and one scatter where every client gets its own. An upload is
-announced first (one small sum over the ranks tells every rank every reply's status, weight and sizes), and then
-collected (`mpifed.comm.collection`).
+A download is one broadcast of all shared fields, and one scatter where every client gets its own; before it come the
+sizes, where the declarations do not decide them. An upload is announced first (one small sum over the ranks tells every
+rank every reply's status, weight and sizes), and then collected (`mpifed.comm.collection`).
 """
 
 from __future__ import annotations
@@ -106,10 +106,17 @@ class Exchange:
                     data = self._encoded_down(phase, (name, str(client)), values[j], declared, progress, seed)
                     rows[name, client] = data
                     row_sizes[i, j] = data.numel(), length
-        header = np.concatenate([heads.reshape(-1), row_sizes.reshape(-1)])
-        if header.size:
+        declared_sizes = self._declared_sizes("down", fields)
+        if declared_sizes is not None:  # every rank knows them, so they need not be said
+            heads[:, 0] = [declared_sizes[name] for name in shared]
+            row_sizes[:, :, 0] = np.array([declared_sizes[name] for name in own], np.int64).reshape(-1, 1)
+            for name, data in (*encoded.items(), *((name, row) for (name, _), row in rows.items())):
+                if data.numel() != declared_sizes[name]:
+                    raise ValueError(f"the codec of '{name}' made {data.numel()} bytes, not {declared_sizes[name]}")
+        else:
+            header = np.concatenate([heads.reshape(-1), row_sizes.reshape(-1)])
             comm.broadcast(header, {CONTROL: header.nbytes})
-        heads, row_sizes = header[: heads.size].reshape(heads.shape), header[heads.size :].reshape(row_sizes.shape)
+            heads, row_sizes = header[: heads.size].reshape(heads.shape), header[heads.size :].reshape(row_sizes.shape)
 
         sizes: Sizes = {}
         result: Payload = {}
@@ -133,6 +140,18 @@ class Exchange:
         if own:
             self._scatter(phase, own, rows, row_sizes, dealt, mine, sizes)
         return result, mine, sizes
+
+    def _declared_sizes(self, direction: str, fields: Mapping[str, Field]) -> dict[str, int] | None:
+        """Encoded bytes of every field, where the declarations decide all of them."""
+        sizes: dict[str, int] = {}
+        for name, declared in fields.items():
+            if None in declared.shape:
+                return None
+            size = self._codec(direction, name).nbytes(full_shape(declared, 0), declared.dtype, declared.layout)
+            if size is None:
+                return None
+            sizes[name] = size
+        return sizes
 
     def _encoded_down(
         self, phase: str, key: tuple[str, ...], value: Tensor, declared: Field, progress: float, seed: int

@@ -224,17 +224,19 @@ def traffic_is_what_mpi_is_handed(comm: Communicator) -> None:
 
 
 def traffic_by_label(comm: Communicator) -> None:
-    """By hand. `broadcast_bytes` is 8 bytes of length and the bytes; `gather_bytes` sums a float64 a rank first."""
+    """By hand. `broadcast_bytes` is 8 bytes of length and the bytes; `gather_bytes` first sums a float64 a rank, and
+    what goes with them."""
     ranks, root = comm.size, comm.rank == 0
     comm.traffic.take()
     comm.broadcast(np.zeros(5, np.float32), {"down/model": 20})
     assert comm.traffic.take() == (({"down/model": 20}, {}) if root else ({}, {"down/model": 20}))
     comm.broadcast_bytes(b"abc")
     assert comm.traffic.take() == (({CONTROL: 11}, {}) if root else ({}, {CONTROL: 11}))
-    comm.gather_bytes(b"x" * comm.rank, "hello")
+    _, sums = comm.gather_bytes_and_sum(b"x" * comm.rank, [1.0, comm.rank, 0.0], "hello")
+    assert list(sums) == [ranks, ranks * (ranks - 1) // 2, 0.0]
     sent, received = comm.traffic.take()
-    assert sent == {"hello": 8 * ranks + comm.rank}
-    assert received == {"hello": 8 * ranks + (ranks * (ranks - 1) // 2 if root else 0)}
+    assert sent == {"hello": 8 * (ranks + 3) + comm.rank}
+    assert received == {"hello": 8 * (ranks + 3) + (ranks * (ranks - 1) // 2 if root else 0)}
     comm.reduce(np.zeros(6, np.float32), {"up/update": 24})
     assert comm.traffic.take() == ({"up/update": 24}, {"up/update": 24} if root else {})
 

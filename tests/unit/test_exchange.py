@@ -500,6 +500,29 @@ def test_download_through_a_codec_is_what_the_clients_decode() -> None:
     assert sizes["down", "model"][1] == 4 and sizes["down", "n"][1] == 8 and sizes["down", "mine"][1] == 2
 
 
+@pytest.mark.parametrize("codec", [Identity(), Half()], ids=["identity", "half"])
+def test_sizes_that_are_declared_are_not_said(codec: Any) -> None:
+    """A model of 5, a number, and two elements for each of four clients: no byte of control."""
+    fields = {name: DOWN[name] for name in ("model", "steps", "mine")}
+    payload = {name: down_payload()[name] for name in fields}
+    shared, own, sizes, traffic = download(fields, payload, 3, codec=codec)
+    assert not any(CONTROL in labels for pair in traffic for labels in pair)
+    for part in shared:
+        torch.testing.assert_close(part["model"], payload["model"], rtol=1e-3, atol=1e-3)
+        assert part["steps"] == 12
+    assert sizes["down", "model"] == dict.fromkeys((1, 2, 5, 6), 20 if codec == Identity() else 10)
+    for row, client in enumerate((1, 2, 5, 6)):
+        torch.testing.assert_close(own[client]["mine"], payload["mine"][row], rtol=1e-3, atol=1e-3)
+
+
+def test_a_codec_that_miscounts_is_the_programs_error() -> None:
+    codec: Any = Identity()
+    miscounting = type("Miscounting", (), {"plain": True, "encode": codec.encode, "decode": codec.decode})()
+    miscounting.nbytes = lambda shape, dtype, layout: 7
+    with pytest.raises(ValueError, match="the codec of 'model' made 20 bytes, not 7"):
+        download({"model": DOWN["model"]}, {"model": torch.ones(5)}, 1, codec=miscounting)
+
+
 def test_nothing_to_send_costs_nothing() -> None:
     shared, own, sizes, traffic = download({}, {}, 3)
     assert shared == [{}, {}, {}] and own == {1: {}, 2: {}, 5: {}, 6: {}} and sizes == {}
