@@ -29,7 +29,7 @@ class Public:
         return len(self._indices)
 
     def x(self, indices: Tensor) -> Tensor:
-        """Samples `indices` (int64 `[k]`) as model input, float32 `[k, *input_shape]`, on the device."""
+        """Samples `indices` (int64 `[k]`) as model input `[k, *input_shape]` on the device."""
         return self._source.spec.standardise(self._stored[indices.cpu()].to(self._device))
 
     @cached_property

@@ -7,18 +7,20 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mpifed.algorithms.base import Env
+from mpifed.comm.inprocess import InProcess
 from mpifed.data.source import ArraySource
 from mpifed.data.text import ade_corpus, sms_spam, sst2, tokenise, trec, vocabulary_of
 from mpifed.errors import BadInput
-from mpifed.federation.federation import make_public
+from mpifed.federation.federation import Federation
 from mpifed.types import DataSpec
+from tests.algorithm_table import job_of
 
 TREC = {
     "trec/train_5500.label": "LOC:city Where is Rome ?\nNUM:date When was Rome founded ?\nDESC:def What is Rome ?\n",
@@ -213,13 +215,22 @@ def test_keys_of_a_job_are_checked(wrong: dict[str, Any]) -> None:
         bind(sms_spam, json.loads(json.dumps(wrong)), "data")
 
 
-def test_a_text_has_no_public_set_beside_it(tmp_path: Path) -> None:
-    """Not even another text: the same id would be another word."""
-    text = trec(root=write(tmp_path, TREC), min_count=1)
-    table = SimpleNamespace(name="trec", make=lambda _: text)
-    job = SimpleNamespace(data=SimpleNamespace(name="trec", public=table, root=""))
-    with pytest.raises(BadInput, match=r"data\.public\.name: 'trec' beside 'trec'"):
-        make_public(job, text, torch.device("cpu"))  # type: ignore[arg-type]
+def test_a_public_set_of_texts_is_a_part_of_the_private_ones(tmp_path: Path) -> None:
+    """Of 40 messages, a fifth is the test set and half of the others public. Another data set cannot be, not even
+    another text: the same id would be another word."""
+    data = {"name": "sms_spam", "root": write(tmp_path, SMS), "partition": {"name": "iid"}}
+    net = {"name": "transformer", "layers": 1, "width": 4, "heads": 1, "feedforward": 4}
+
+    def env_of(**changes: Any) -> Env:
+        job = job_of({"name": "fedavg"}, clients=2, participation=1.0, model=net, data=data | changes)
+        return Federation.build(job, InProcess.alone()).env
+
+    public = env_of(public_held_out=0.5).public
+    assert public is not None and len(public) == 16
+    x = public.x(torch.arange(16))
+    assert x.dtype == torch.int64 and x.shape == (16, 48)
+    with pytest.raises(BadInput, match=r"data\.public\.name: 'sms_spam' beside 'sms_spam'"):
+        env_of(public={"name": "sms_spam"})
 
 
 # --- the real files, where they are -----------------------------------------------------------------------------------
