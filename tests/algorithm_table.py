@@ -119,6 +119,35 @@ def with_class_counts(of_base: Callable[[Sizes, int], dict[str, int]]) -> Callab
     return formula
 
 
+def fd(counts: bool) -> Callable[[Sizes, int], dict[str, int]]:
+    """FD: a table `[classes, classes]` up and down, and, with `counts`, an int32 a class each way."""
+
+    def formula(sizes: Sizes, round_: int) -> dict[str, int]:
+        table, row = (4 * sizes.classes**power * sizes.participants for power in (2, 1))
+        bytes_ = {"up.outputs": table, "down.teacher": table}
+        return bytes_ | ({"up.counts": row, "down.holders": row} if counts else {})
+
+    return formula
+
+
+def fd_broadcast(sizes: Sizes, round_: int) -> dict[str, int]:
+    """The sums instead of a table of one's own, and always the totals by which they are divided."""
+    up = {kind: size for kind, size in fd(True)(sizes, round_).items() if kind.startswith("up.")}
+    return up | {"down.sums": up["up.outputs"], "down.totals": up["up.counts"]}
+
+
+def feddistill(counts: bool) -> Callable[[Sizes, int], dict[str, int]]:
+    """FedDistill: the same, but nothing down in round 1."""
+
+    def formula(sizes: Sizes, round_: int) -> dict[str, int]:
+        table, row = (4 * sizes.classes**power * sizes.participants for power in (2, 1))
+        bytes_ = {"up.logits": table} | ({"up.counts": row} if counts else {})
+        down = {"down.logits": table} | ({"down.holders": row} if counts else {})
+        return bytes_ | (down if round_ > 1 else {})
+
+    return formula
+
+
 def nothing(sizes: Sizes, round_: int) -> dict[str, int]:
     """No exchange."""
     return {}
@@ -160,6 +189,29 @@ ROWS: tuple[Row, ...] = (
         stateful=True,
         sends_statistics=True,
         tree_tolerance=1e-2,  # Adam makes steps of what is rounding, as of a bias before a batch normalisation
+    ),
+    Row("fd", {"name": "fd", "weight": 0.5}, fd(True), stateful=True, evaluates="clients"),
+    Row("fd-paper", {"name": "fd", "variant": "paper"}, fd(False), stateful=True, evaluates="clients"),
+    Row(
+        "fd-broadcast",
+        {"name": "fd", "exchange": "broadcast", "weighting": "count", "average": "logits", "loss": "kl"},
+        fd_broadcast,
+        stateful=True,
+        evaluates="clients",
+    ),
+    Row("feddistill", {"name": "feddistill"}, feddistill(False), stateful=True, evaluates="clients"),
+    Row(
+        "feddistill-recommended",
+        {"name": "feddistill", "variant": "recommended"},
+        feddistill(True),
+        stateful=True,
+        evaluates="clients",
+    ),
+    Row(
+        "feddistill-plus",
+        {"name": "feddistill_plus"},
+        lambda sizes, round_: model_both_ways(sizes, round_) | feddistill(False)(sizes, round_),
+        stateful=True,
     ),
     Row("local", {"name": "local"}, nothing, stateful=True, evaluates="clients"),
     Row("pooled", {"name": "pooled"}, nothing, stateful=True, evaluates="clients"),

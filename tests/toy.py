@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpifed.algorithms import fedavg, scaffold
-from mpifed.algorithms.base import Absent, Algorithm, Auxiliary
+from mpifed.algorithms.base import Absent, Algorithm, Auxiliary, Phase
 from mpifed.codecs.identity import Identity
 from mpifed.comm.exchange import Exchange
 from mpifed.comm.inprocess import InProcess
@@ -135,11 +135,15 @@ class Simulation:
     def run(self, clients: Iterable[int]) -> None:
         """One round of these clients."""
         self.round += 1
-        (phase,) = self.algorithm.phases(self.env)
         dealt = Assignment((tuple(sorted(clients)),))
+        for phase in self.algorithm.phases(self.env):
+            if phase.rounds(self.round):
+                self._run_phase(phase, dealt)
+
+    def _run_phase(self, phase: Phase, dealt: Assignment) -> None:
         fields = phase.up(self.round)
         shared, own, _ = self._exchange.download(
-            "train",
+            phase.name,
             phase.down(self.round),
             phase.download(self.server, self.round),
             dealt,
@@ -165,7 +169,7 @@ class Simulation:
             assert not isinstance(answer, Absent)
             outgoing[client] = self._exchange.encode(fields, answer, {}, 0.0)
         known = self._exchange.announce(fields, outgoing, dealt)
-        uploads = self._exchange.collect("train", fields, outgoing, known, dealt)
+        uploads = self._exchange.collect(phase.name, fields, outgoing, known, dealt)
         assert uploads is not None
         self.server = phase.server(self.server, uploads, self.round)
 

@@ -6,6 +6,9 @@ ALGORITHMS: dict[str, str] = {
     "scaffold": "mpifed.algorithms.scaffold:Scaffold",
     "feddyn": "mpifed.algorithms.feddyn:FedDyn",
     "fedftg": "mpifed.algorithms.fedftg:FedFTG",
+    "fd": "mpifed.algorithms.fd:FD",
+    "feddistill": "mpifed.algorithms.feddistill:FedDistill",
+    "feddistill_plus": "mpifed.algorithms.feddistill:FedDistillPlus",
     "local": "mpifed.algorithms.local:Local",
     "pooled": "mpifed.algorithms.local:Pooled",
 }

@@ -43,7 +43,8 @@ class Field:
 
     `shape` may hold one `None` for a length that only the sender knows (then the field is `Each`, or a download).
     `layout` names the tensors inside a flat vector, for codecs that compress matrix by matrix. A download with
-    `to="each"` has one more axis in front, `[clients of the phase, *shape]`, and every client gets its own row;
+    `to="each"` has one more axis in front, `[clients of the phase, *shape]` or, where the server does not know who that
+    will be, `[clients of the federation, *shape]`, and every client gets its own row;
     with `to="everybody"` absent clients are sent it as well, and it is counted for each of them.
     """
 

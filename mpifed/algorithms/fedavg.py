@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field as Range
 from torch import Tensor
@@ -68,13 +68,16 @@ class FedAvg(Algorithm):
         state, _ = self.train(state, down, ctx)
         return state, Reply(self.update(down, ctx), weight=ctx.examples)
 
-    def train(self, state: State, down: Payload, ctx: ClientContext) -> tuple[State, Trained]:
-        """Local training from the downloaded model; buffers that are not averaged stay in the client's state."""
+    def train(self, state: State, down: Payload, ctx: ClientContext, **options: Any) -> tuple[State, Trained]:
+        """Local training from the downloaded model; buffers that are not averaged stay in the client's state.
+
+        `options` are further ones of `local_training`: a variant's `loss`, say.
+        """
         own_buffers = state.get("buffers")
         if own_buffers is None and "buffers" not in down and ctx.model.buffers.numel():
             own_buffers = ctx.env.initial()[1]
         ctx.model.load(down["model"], down.get("buffers", own_buffers))
-        trained = local_training(ctx, self.correction(state, down, ctx))
+        trained = local_training(ctx, self.correction(state, down, ctx), **options)
         if "buffers" not in down and ctx.model.buffers.numel():
             state = state | {"buffers": ctx.model.buffers.clone()}
         return state, trained

@@ -99,6 +99,8 @@ class Exchange:
                 heads[i] = encoded[name].numel(), length
             for i, (name, declared) in enumerate(own.items()):
                 values = payload[name].detach().cpu()
+                if len(values) == everybody:
+                    values = values[list(dealt.clients)]
                 if len(values) != len(dealt.clients):
                     raise ValueError(f"'{name}' has {len(values)} rows for {len(dealt.clients)} clients")
                 for j, client in enumerate(dealt.clients):

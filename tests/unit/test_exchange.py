@@ -472,6 +472,15 @@ def test_download(ranks: int, chunk_bytes: int | None) -> None:
     }
 
 
+@pytest.mark.parametrize("ranks", RANKS)
+def test_own_rows_may_be_given_for_the_whole_federation(ranks: int) -> None:
+    """A row for each of eight clients: the four of the phase are sent theirs, and no more is counted."""
+    _, own, sizes, _ = download({"mine": Field((2,), to="each")}, {"mine": noise(3, 8, 2)}, ranks)
+    assert sorted(own) == [1, 2, 5, 6]
+    assert all(torch.equal(mine["mine"], noise(3, 8, 2)[client]) for client, mine in own.items())
+    assert sizes == {("down", "mine"): dict.fromkeys((1, 2, 5, 6), 8)}
+
+
 def test_download_counts_what_each_rank_handed_over() -> None:
     """Three ranks, clients 1 and 5 on rank 1, 2 and 6 on rank 2.
 
