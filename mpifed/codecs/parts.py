@@ -63,8 +63,8 @@ def cut(data: Tensor, sizes: Sequence[int], codec: str) -> tuple[Tensor, ...]:
 
 # --- error feedback ---------------------------------------------------------------------------------------------------
 def compensated(value: Tensor, memory: State) -> Tensor:
-    """The value and what was left out the last time, a new tensor."""
-    return (value + memory["residual"] if "residual" in memory else value.clone()).contiguous()
+    """The value and what was left out the last time, contiguous."""
+    return (value + memory["residual"] if "residual" in memory else value).contiguous()
 
 
 def residual(value: Tensor, decoded: Tensor) -> State:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mpifed.codecs import CODECS, make, parse
 from mpifed.codecs.half import Half
 from mpifed.codecs.identity import Identity, from_bytes, to_bytes
-from mpifed.codecs.lowrank import largest_rank, truncated
+from mpifed.codecs.lowrank import RANGE_FINDER_FROM, _by_gram, _by_range_finder, largest_rank, truncated
 from mpifed.codecs.parts import parts
 from mpifed.codecs.powersgd import PowerSgd
 from mpifed.codecs.quantize import Quantize, _packed, _unpacked
@@ -446,6 +446,38 @@ def test_svd_of_many_alike_is_that_of_each() -> None:
         if alone is not None and factors is not None:
             assert alone.rank == factors.rank
             torch.testing.assert_close(alone.left @ alone.right, factors.left @ factors.right)
+
+
+LARGE = noise(RANGE_FINDER_FROM, RANGE_FINDER_FROM) / RANGE_FINDER_FROM**0.5
+
+
+@pytest.mark.parametrize("share", [0.8, 0.95, 0.98])
+@pytest.mark.parametrize("decay", [1.0, 1.5, 3.0])
+def test_range_finder_finds_what_the_gram_matrix_finds(decay: float, share: float) -> None:
+    """Of 768 singular values i^-decay few are enough: the energy is above T, the rank the smallest or one above it."""
+    n, columns = RANGE_FINDER_FROM, RANGE_FINDER_FROM + 40
+    matrix = LARGE * torch.arange(1, n + 1) ** -decay @ noise(columns, n, seed=1).T / columns**0.5
+    pair = _by_range_finder(matrix, share, 1, n // 8)
+    (exact,) = _by_gram(matrix[None].double(), share, 1, n)
+    assert pair is not None and exact is not None
+    smallest = exact[0].shape[1]
+    assert smallest <= pair[0].shape[1] <= smallest + 1
+    kept = float((pair[0] @ pair[1]).double().square().sum() / matrix.double().square().sum())
+    assert kept > share - 1e-6
+    lost = float((pair[0] @ pair[1] - matrix).double().square().sum() / matrix.double().square().sum())
+    assert lost == pytest.approx(1 - kept, abs=1e-5)  # a projection
+    chosen = truncated(matrix[None].mT, share)[0]  # a tall one
+    assert chosen is not None and torch.equal(chosen.right, pair[0].T)
+    assert _by_range_finder(matrix, share, smallest + 20, n // 8)[0].shape[1] == smallest + 20  # type: ignore[index]
+
+
+def test_range_finder_gives_way_where_ranks_are_not_few() -> None:
+    """A flat spectrum: after the first block it is clear that 96 columns are too few; the Gram matrix is exact."""
+    assert _by_range_finder(LARGE, 0.95, 1, 96) is None
+    assert _by_range_finder(LARGE, 0.01, 90, 96) is None  # 90 and some to spare are more than 96
+    chosen = truncated(torch.cat([LARGE, LARGE], dim=1)[None], 0.5)[0]
+    (exact,) = _by_gram(torch.cat([LARGE, LARGE], dim=1)[None], 0.5, 1, 512)
+    assert chosen is not None and exact is not None and torch.equal(chosen.left, exact[0])
 
 
 def test_svd_refuses_ranks_that_cannot_be() -> None:
