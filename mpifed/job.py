@@ -419,6 +419,11 @@ class Job(_Table):
                 f"data.public: {self.algorithm.name} needs a public data set; name one in [data.public], or hold out a "
                 "part of the private one with data.public_held_out"
             )
+        if getattr(algorithm, "needs_client_models", False) and not self.client_models:
+            raise BadInput(
+                f"client_models: {self.algorithm.name} gives every client a model of its own beside the shared one of "
+                "[model]; name at least one in [[client_models]]"
+            )
         most = 1 if algorithm.pooled else self.most_participants
         if self.min_replies > most:
             raise BadInput(f"min_replies: {self.min_replies} replies can never come from {most} client(s) in a round")

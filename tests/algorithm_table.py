@@ -22,6 +22,7 @@ from mpifed.engine import Engine
 from mpifed.federation.federation import Federation
 from mpifed.federation.store import ClientStore
 from mpifed.job import Job, load
+from mpifed.models.classifier import Classifier
 from mpifed.storage.checkpoint import Checkpoints
 from mpifed.types import DataSpec, State, leaves
 
@@ -38,13 +39,8 @@ def model(spec: DataSpec) -> nn.Module:
 
     Its initial parameters come from a generator of its own: ranks that are threads share torch's global one.
     """
-    module = nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(SHAPE[0], HIDDEN, bias=False),
-        nn.BatchNorm1d(HIDDEN),
-        nn.ReLU(),
-        nn.Linear(HIDDEN, spec.classes),
-    )
+    body = nn.Sequential(nn.Flatten(), nn.Linear(SHAPE[0], HIDDEN, bias=False), nn.BatchNorm1d(HIDDEN), nn.ReLU())
+    module = Classifier(body, HIDDEN, spec.classes)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -76,13 +72,15 @@ class Row:
     stateful: bool = False
     """Clients keep a state from round to round."""
     evaluates: str = "server"
-    """Whose model is tested: `server` or `clients`."""
+    """Whose model is tested: `server`, `clients` or `both`."""
     sends_statistics: bool = False
     """Running statistics reach the server even where clients keep their own: it runs the clients' models."""
     tree_tolerance: float = 2e-6
     """How far `reduce = "tree"` may be from the ordered result, relative to each tensor's norm."""
     local: Mapping[str, Any] = field(default_factory=dict)
     """`[local]` where the algorithm asks for something else than `LOCAL`."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Top-level keys of the job where the algorithm asks for others than those of `job_of`."""
 
 
 # --- closed formulas, float32 -----------------------------------------------------------------------------------------
@@ -148,6 +146,22 @@ def feddistill(counts: bool) -> Callable[[Sizes, int], dict[str, int]]:
     return formula
 
 
+def fedkd(sizes: Sizes, round_: int) -> dict[str, int]:
+    """The mentee's d and b up from the round's clients, and down to all."""
+    d, b = 4 * sizes.parameters, 4 * sizes.buffers
+    return {
+        "up.update": d * sizes.participants,
+        "up.buffers_update": b * sizes.participants,
+        "down.update": d * sizes.clients,
+        "down.buffers_update": b * sizes.clients,
+    }
+
+
+def fedkd_weighted(sizes: Sizes, round_: int) -> dict[str, int]:
+    """The same and the weights."""
+    return fedkd(sizes, round_) | {"up.weight": 8 * sizes.participants}
+
+
 def nothing(sizes: Sizes, round_: int) -> dict[str, int]:
     """No exchange."""
     return {}
@@ -156,7 +170,10 @@ def nothing(sizes: Sizes, round_: int) -> dict[str, int]:
 FEDFTG: dict[str, Any] = {"name": "fedftg", "iterations": 2, "batch_size": 8, "noise": 4, "channels": 8}
 
 LOCAL: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.1, "momentum": 0.5}
+ADAM: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.01, "optimizer": "adam"}
 STEPS: dict[str, Any] = {"steps": 4, "batch_size": 8, "lr": 0.1, "momentum": 0.5}
+MENTORS: tuple[dict[str, Any], ...] = ({"name": "mlp", "hidden": [5]}, {"name": "tests.algorithm_table:model"})
+"""Models of the clients' own, for the algorithms that ask for them: one wider than the shared one, one just like it."""
 
 ROWS: tuple[Row, ...] = (
     Row("fedavg", {"name": "fedavg"}, model_both_ways),
@@ -213,6 +230,23 @@ ROWS: tuple[Row, ...] = (
         lambda sizes, round_: model_both_ways(sizes, round_) | feddistill(False)(sizes, round_),
         stateful=True,
     ),
+    Row(
+        "fedkd",
+        {"name": "fedkd"},
+        fedkd,
+        stateful=True,
+        evaluates="both",
+        changes={"client_models": MENTORS},
+    ),
+    Row(
+        "fedkd-official",
+        {"name": "fedkd", "variant": "official", "projection": True, "weighting": "examples"},
+        fedkd_weighted,
+        stateful=True,
+        evaluates="both",
+        local=ADAM,
+        changes={"client_models": MENTORS},
+    ),
     Row("local", {"name": "local"}, nothing, stateful=True, evaluates="clients"),
     Row("pooled", {"name": "pooled"}, nothing, stateful=True, evaluates="clients"),
 )
@@ -239,7 +273,10 @@ def job_of(row: Row | Mapping[str, Any], **changes: Any) -> Job:
         },
         "local": dict(local or LOCAL),
         "checkpoint": {"every_rounds": 0},
-    } | changes
+    }
+    if isinstance(row, Row):
+        document |= row.changes
+    document |= changes
     return Job.from_canonical(json.dumps(document))
 
 

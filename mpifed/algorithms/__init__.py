@@ -9,6 +9,7 @@ ALGORITHMS: dict[str, str] = {
     "fd": "mpifed.algorithms.fd:FD",
     "feddistill": "mpifed.algorithms.feddistill:FedDistill",
     "feddistill_plus": "mpifed.algorithms.feddistill:FedDistillPlus",
+    "fedkd": "mpifed.algorithms.fedkd:FedKD",
     "local": "mpifed.algorithms.local:Local",
     "pooled": "mpifed.algorithms.local:Pooled",
 }

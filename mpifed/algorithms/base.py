@@ -252,9 +252,14 @@ class Algorithm:
     """All data in one place: one client holds what the partition gives to all (an upper bound)."""
     needs_public: ClassVar[bool] = False
     """The job has to name a public data set (`[data.public]`)."""
+    needs_client_models: ClassVar[bool] = False
+    """The job has to name models of the clients' own (`[[client_models]]`), beside the one that is shared."""
 
     def check(self, local: Any) -> None:
         """Raise `ValueError("key: why")` where these hyper-parameters do not go with the job's local training."""
+
+    def check_models(self, env: Env, client: int) -> None:
+        """Raise `BadInput` where a client's model does not go with the shared one; asked before round 1."""
 
     def server_init(self, env: Env) -> State:
         """The server's state before round 1."""

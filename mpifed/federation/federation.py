@@ -89,8 +89,9 @@ class Federation:
             stateful=algorithm.stateful or _kept_beside(job, algorithm, env),
         )
         env.model()  # an unfit model is found here, before round 1
-        for client in roster.deal(range(roster.clients)).by_rank[comm.rank]:
-            env.model(client)
+        hosted = roster.deal(range(roster.clients)).by_rank[comm.rank]
+        for client in {id(env.model(client)): client for client in hosted}.values():  # one of each architecture
+            algorithm.check_models(env, client)
         classes = source.spec.classes
         histogram = np.stack([np.bincount(source.train_labels[mine], minlength=classes) for mine in partition.train])
         return cls(job, comm, algorithm, source, histogram, partition, roster, env, hosts)

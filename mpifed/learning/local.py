@@ -153,10 +153,14 @@ def full_gradient(ctx: ClientContext, loss: Loss = F.cross_entropy) -> Tensor:
 
 
 def _seed(ctx: ClientContext, purpose: str) -> None:
+    seed_dropout(ctx.generator(purpose), ctx.y.device)
+
+
+def seed_dropout(generator: torch.Generator, device: torch.device) -> None:
     """Seed what dropout draws from, the device's own generator; `torch.manual_seed` takes 2 ms a call."""
-    seed = ctx.generator(purpose).initial_seed()
+    seed = generator.initial_seed()
     torch.default_generator.manual_seed(seed)
-    if ctx.y.is_cuda:
+    if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
@@ -165,6 +169,12 @@ class Optimizer(Protocol):
 
     def step(self, gradients: list[Tensor]) -> None:
         """One step, in place; `gradients` in the order and the shapes of the parameters."""
+
+    def state(self) -> State:
+        """What it remembers of its steps, flat tensors by name; empty where it remembers nothing."""
+
+    def restore(self, state: State) -> None:
+        """Go on from what `state()` gave, an empty one being that of no step."""
 
 
 def make_optimizer(parameters: list[Tensor], settings: Any, rate: float) -> Optimizer:
@@ -194,6 +204,16 @@ class Sgd:
 
     def step(self, gradients: list[Tensor]) -> None:
         sgd(self._parameters, gradients, self._velocities, **self._options)
+
+    def state(self) -> State:
+        """`velocity` `[d]`, where there is momentum and a step was made."""
+        velocities = [velocity.reshape(-1) for velocity in self._velocities if velocity is not None]
+        return {"velocity": torch.cat(velocities)} if velocities else {}
+
+    def restore(self, state: State) -> None:
+        if state:
+            parts = state["velocity"].split([part.numel() for part in self._parameters])
+            self._velocities = [v.view_as(part).clone() for v, part in zip(parts, self._parameters, strict=True)]
 
 
 class Adam:
@@ -234,7 +254,8 @@ class Adam:
         return {"mean": flat[0], "square": flat[1], "steps": self._steps[0].clone()}
 
     def restore(self, state: State) -> None:
-        """Go on from what `state()` gave."""
+        if not state:
+            return
         sizes = [part.numel() for part in self._parameters]
         for moments, name in ((self._means, "mean"), (self._squares, "square")):
             for moment, part in zip(moments, state[name].split(sizes), strict=True):
