@@ -89,6 +89,13 @@ def test_terms_that_are_left_out() -> None:
     assert number(guarded.mentor) == pytest.approx(TASK[0] + (KL_MENTOR + 4) / (D + 1), abs=2e-6)
 
 
+def test_fml_is_twice_this_without_d_and_hidden_states() -> None:
+    """FML (arXiv 2006.16765) at alpha = beta = 1/2: L_p = CE/2 + KL(meme || p)/2, L_meme = CE/2 + KL(p || meme)/2."""
+    _, losses = sample(replace(PAPER, adaptive=False, hidden=0.0))
+    assert number(losses.mentor) / 2 == pytest.approx(TASK[0] / 2 + KL_MENTOR / 2, abs=2e-6)
+    assert number(losses.mentee) / 2 == pytest.approx(TASK[1] / 2 + KL_MENTEE / 2, abs=2e-6)
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 def test_gradients_of_the_paper() -> None:
     """Each model by its own loss, D a constant; p = y_t, q = y_s, y = (1, 0).
