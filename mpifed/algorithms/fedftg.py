@@ -216,8 +216,8 @@ class FedFTG(Algorithm):
         def generate(noise: Tensor, labels: Tensor) -> Tensor:
             return generator.module(noise, labels).view(-1, *env.spec.input_shape)
 
-        def teachers(images: Tensor) -> Tensor:
-            return ensemble_logits(student, *clients, images)
+        def teachers(images: Tensor, some: slice = slice(None)) -> Tensor:
+            return ensemble_logits(student, clients[0][some], clients[1][some], images)
 
         official = self.variant == "official"
         draw = self.labels or ("proportional" if official else "sampled")

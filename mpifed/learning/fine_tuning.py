@@ -107,8 +107,9 @@ class Settings:
     batch_norm: BatchNorm
 
 
-Teachers = Callable[[Tensor], Tensor]
-"""Images `[B, ...]` -> the teachers' logits `[K, B, C]`, in evaluation mode, differentiable in the images."""
+Teachers = Callable[[Tensor, slice], Tensor]
+"""Images `[B, ...]`, some of the K teachers -> their logits `[those, B, C]`, in evaluation mode, differentiable in the
+images."""
 
 
 def train_generator(
@@ -137,7 +138,7 @@ def train_generator(
         turns = [slice(k, k + 1) for k in range(len(weights))]
     for turn in turns:
         images = generate(noise, labels)
-        theirs, mine = teachers(images)[turn], student(images)
+        theirs, mine = teachers(images, turn), student(images)
         known = theirs if settings.teacher_gradient else theirs.detach()
         loss = -model_discrepancy(mine, known, weights[turn], settings.discrepancy).sum()
         loss = (

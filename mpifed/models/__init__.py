@@ -8,6 +8,7 @@ keys of the job's `[model]` table. A factory of one's own is named by its import
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from threading import RLock
 from typing import Any
 
 import torch
@@ -31,12 +32,16 @@ MODELS: dict[str, str] = {
 """Name in a job -> where the factory is, `"module:function"`; nothing is imported before it is asked for."""
 
 
+_GLOBAL_GENERATOR = RLock()
+"""Held while torch's global generator is another one for a moment: ranks may be threads of one process."""
+
+
 def initialise(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     """`factory()` with initial parameters that depend on `seed` alone; torch's global generator is left as it was.
 
     The module is built on the CPU, so that it starts alike on every device.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         # Not `torch.manual_seed`, which would seed the accelerators' generators too.
         torch.default_generator.manual_seed(seed)
         return factory()
@@ -71,7 +76,7 @@ def probe(
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
             return tuple(module(torch.zeros(1, *input_shape, dtype=dtype)).shape[1:])
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

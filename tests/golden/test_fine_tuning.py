@@ -161,7 +161,7 @@ def generator_gradients(**changes: object) -> list[list[float]]:
         [a],
         recorder,
         student,
-        lambda images: images[None] * slopes[:, None, :],
+        lambda images, some: images[None] * slopes[some, None, :],
         torch.zeros(2, 1),
         torch.tensor([0, 0]),
         class_weights(torch.tensor([0, 0])),
