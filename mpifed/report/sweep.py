@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -284,7 +284,7 @@ def cost_table(results: Results, panel: Mapping[str, Any]) -> Table:
     notes = [
         "Means of a run; ± population standard deviation where runs differ. up and down: payload of all clients after "
         "compression; MPI sent: buffers that all ranks handed to MPI; 1 MB = 10^6 bytes. seconds: wall time of the "
-        f"rounds, on {' or '.join(map(str, ranks)) or '?'} ranks."
+        f"rounds, on {' or '.join(map(str, ranks)) or '?'} rank{'' if ranks == [1] else 's'}."
     ]
     return Table(
         _title(results, "bytes and seconds of a run", panel),
@@ -320,9 +320,10 @@ def _cost(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _spread(values: Sequence[float], text: Any) -> str:
+def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """The mean, and the deviation where it can be seen."""
     mean, std = float(np.mean(values)), float(np.std(values))
-    return text(mean) if std <= 0.005 * mean else f"{text(mean)} ± {text(std)}"
+    return text(mean) if std <= 0.005 * mean or text(std) == text(0) else f"{text(mean)} ± {text(std)}"
 
 
 # --- whole documents --------------------------------------------------------------------------------------------------

@@ -119,7 +119,8 @@ def run_members(
                 command = [*launcher, "-n", str(ranks or member.ranks), sys.executable, "-m", "mpifed.run"]
                 launch = _start(sweep, member, [*command, *_arguments(sweep, member, state)], environment)
                 running.append(launch)
-                say(f"{'go on' if state.kind == 'unfinished' else 'start':8}  {member.name}")
+                how = "go on" if state.kind == "unfinished" else "start"
+                say(f"{how:8}  {member.name}  ({len(members) - len(waiting)} of {len(members)})")
             _pass_on(running, signals.count, say)
             ended = [launch for launch in running if launch.process.poll() is not None]
             for launch in ended:

@@ -400,14 +400,19 @@ def test_the_batch_script_runs_a_member_and_asks_for_a_requeue(tmp_path: Path, l
     command = ["bash", str(ROOT / "slurm" / "run.sh"), "sweep", str(write(tmp_path, "seeds = [2, 5]"))]
 
     batch = subprocess.Popen(command, cwd=tmp_path, env=os.environ | slurm | paths)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (tmp_path / "calls.ready").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     batch.send_signal(signal.SIGUSR1)
-    assert batch.wait(60) == 75
+    assert batch.wait(120) == 75
     assert (tmp_path / "requeued").read_text() == "requeue 42\n"
-    assert subprocess.run(command, cwd=tmp_path, env=os.environ | slurm | paths, timeout=60).returncode == 0
+    assert subprocess.run(command, cwd=tmp_path, env=os.environ | slurm | paths, timeout=120).returncode == 0
     assert calls(tmp_path) == ["-n 4 OUT/jobs/seed2.toml", "-n 4 --resume OUT/seed2"]
+
+
+def test_a_sweep_is_no_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mpifed_main(["run", str(write(tmp_path, SWEEP))]) == BAD_INPUT
+    assert "is a sweep, of many jobs: python -m mpifed sweep" in capsys.readouterr().err
 
 
 def test_members_are_known_without_torch() -> None:
