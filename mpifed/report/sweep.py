@@ -75,9 +75,11 @@ class Metric:
         return [max(found)] if self.statistic == "best" else [found[-1]]
 
     def text(self, mean: float, std: float | None = None) -> str:
-        """`91.30 ± 0.74` in percent, others with four digits; without `std` the mean alone."""
-        form = (lambda value: f"{100 * value:.2f}") if self.percent else (lambda value: f"{value:.4g}")
-        return form(mean) if std is None else f"{form(mean)} ± {form(std)}"
+        """`91.30 ± 0.74` in percent; others as far as the deviation's second digit. Without `std` the mean alone."""
+        digits = 2 if self.percent else None if not std else max(0, 1 - math.floor(math.log10(std)))
+        factor = 100 if self.percent else 1
+        values = [mean] if std is None else [mean, std]
+        return " ± ".join(f"{value:.4g}" if digits is None else f"{factor * value:.{digits}f}" for value in values)
 
 
 # --- the results ------------------------------------------------------------------------------------------------------

@@ -151,8 +151,7 @@ def curves_figure(panels: Sequence[tuple[str, Sequence[Line]]], metric: Metric, 
         axes.set_xlabel("payload sent so far, up and down" if axis == "bytes" else "round")
     for row in grid:
         row[0].set_ylabel("test accuracy" if metric.column == "accuracy" else metric.column)
-    if metric.percent:
-        _set_heights(grid.flat[0], [line for _, lines in panels for line in lines])
+    _set_heights(used, metric.percent)
     _make_room(figure, used)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the labels are placed for the axes as they are now
@@ -203,12 +202,19 @@ def _draw_lines(axes: Axes, panel: Panel) -> None:
             axes.fill_between(x[keep], low[keep], high[keep], color=line.colour, alpha=0.14, linewidth=0)
 
 
-def _set_heights(axes: Axes, lines: Sequence[Line]) -> None:
-    """Fractions as percentages; what lies far below the lowest end is cut off, so that the ends are told apart."""
-    ends = [float(line.mean[-1]) for line in lines]
-    lowest, highest = min(ends), max(float(line.mean.max()) for line in lines)
-    first = min(float(line.mean.min()) for line in lines)
-    bottom = max(first - 0.02, lowest - max(0.15, 0.3 * (highest - lowest)))
+def _set_heights(used: Sequence[tuple[Axes, Panel]], percent: bool) -> None:
+    """Room for curves and bounds; of percentages, what lies far below the lowest end is cut off, so that the ends are
+    told apart."""
+    axes = used[0][0]
+    drawn = [line.mean for _, panel in used for line in panel.curves]
+    drawn += [line.mean[-1:] for _, panel in used for line in panel.bounds]
+    lowest, highest = min(float(mean.min()) for mean in drawn), max(float(mean.max()) for mean in drawn)
+    margin = 0.06 * (highest - lowest) or 0.01
+    if not percent:
+        axes.set_ylim(lowest - margin, highest + margin)
+        return
+    end = min(float(mean[-1]) for mean in drawn)
+    bottom = max(lowest - 0.02, end - max(0.15, 0.3 * (highest - end)))
     axes.set_ylim(bottom, min(1.0, highest + 0.06 * (highest - bottom)))
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:.6g} %"))

@@ -219,6 +219,21 @@ def test_metrics(tmp_path: Path, text: str, column: str, statistic: str, values:
     assert metric.values(read_run(sweep.members[0].folder.path)) == pytest.approx(values)
 
 
+@pytest.mark.parametrize(
+    ("metric", "mean", "std", "text"),
+    [
+        ("final", 0.91304, 0.00739, "91.30 ± 0.74"),
+        ("final", 0.5, None, "50.00"),
+        ("train_loss", 0.331049, 0.002546, "0.3310 ± 0.0025"),
+        ("train_loss", 1234.5, 67.8, "1234 ± 68"),
+        ("train_loss", 2.5, 0.0, "2.5 ± 0"),
+        ("train_loss", 1234567.0, None, "1.235e+06"),
+    ],
+)
+def test_numbers_are_as_long_as_their_deviation(metric: str, mean: float, std: float | None, text: str) -> None:
+    assert Metric.parse(metric).text(mean, std) == text
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 def test_the_command_writes_every_form(whole: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the folder alone too, once the sweep has been run there."""
@@ -327,3 +342,13 @@ def test_what_sends_nothing_is_a_level_line(tmp_path: Path) -> None:
     (axes,) = figure.axes
     assert "local (0 bytes)" in [text.get_text() for text in axes.texts]
     assert any(len(set(line.get_ydata())) == 1 and line.get_color() == silent.colour for line in axes.lines)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "train_loss"])
+def test_level_lines_are_inside_the_axes(metric: str) -> None:
+    """Far above and far below the curves."""
+    t = np.arange(1.0, 31.0)
+    bounds = [Line(f"bound {end}", t, 0 * t, 0 * t + end, 0 * t, 1, 3, True) for end in (0.01, 0.99)]
+    figure = curves_figure([("", [*lines_of(2, [0.6, 0.5]), *bounds])], Metric(metric, "final"), "bytes", 1)
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom < 0.01 and top > 0.99
