@@ -86,6 +86,11 @@ class LocalTraining(_Table):
         description="Factor of the learning rate: every round (`exponential`), every `lr_step` (`step`).",
     )
     lr_step: int = Field(default=1, ge=1, description='Rounds between two steps of `lr_schedule = "step"`.')
+    head_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="Factor of the sum of W^2 in the loss, W the kernel of the layer `head` (Keras' L2 regulariser).",
+    )
     clip_norm: float = Field(default=0.0, ge=0, description="Largest L2 norm of a gradient; 0 does not clip.")
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Precision of the forward and backward pass; parameters stay float32."
@@ -117,6 +122,36 @@ class LocalTraining(_Table):
         if self.lr_step != 1 and self.lr_schedule != "step":
             raise BadInput(f'local.lr_step: has no effect with local.lr_schedule = "{self.lr_schedule}"; choose step')
         return self
+
+
+class Transfer(_Table):
+    """`[transfer]`: a client's training before its first round, on the public set and then on its own samples.
+
+    The defaults are those of FedMD's published code; what they are monitored on is not (`mpifed.learning.transfer`).
+    """
+
+    lr: float = Field(default=0.001, gt=0, description="Learning rate of Adam.")
+    public_epochs: int = Field(
+        default=20, ge=0, description="At most so many passes over the public set, with its labels; 0 leaves it out."
+    )
+    public_batch_size: int = Field(default=128, ge=1, description="Public samples in a batch.")
+    public_validation: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of the public set that is not trained on, but stops the training.",
+    )
+    public_patience: int = Field(default=3, ge=1, description="Epochs without progress that end the public training.")
+    public_min_delta: float = Field(default=0.001, ge=0, description="What counts as progress in it.")
+    private_epochs: int = Field(
+        default=25, ge=0, description="At most so many passes over the client's own samples; 0 leaves them out."
+    )
+    private_batch_size: int = Field(default=32, ge=1, description="Own samples in a batch.")
+    private_validation: float = Field(
+        default=0.0, ge=0, lt=1, description="Fraction of the client's samples that is set aside to stop the training."
+    )
+    private_patience: int = Field(default=10, ge=1, description="Epochs without progress that end the own training.")
+    private_min_delta: float = Field(default=0.001, ge=0, description="What counts as progress in it.")
 
 
 class Evaluate(_Table):
@@ -406,6 +441,7 @@ class Job(_Table):
     )
     data: DataTable = Field(description="The data set and its parameters.")
     local: LocalTraining = Field(default_factory=LocalTraining, description="Training on a client.")
+    transfer: Transfer | None = Field(default=None, description="Training before a client's first round.")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="Testing.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Checkpoints.")
 
@@ -414,7 +450,8 @@ class Job(_Table):
         if isinstance(self.participation, int) and self.participation > self.clients:
             raise BadInput(f"participation: {self.participation} clients in a round, but clients is {self.clients}")
         algorithm = self._algorithm()
-        if getattr(algorithm, "needs_public", False) and self.data.public is None and not self.data.public_held_out:
+        public = self.data.public is not None or self.data.public_held_out > 0
+        if getattr(algorithm, "needs_public", False) and not public:
             raise BadInput(
                 f"data.public: {self.algorithm.name} needs a public data set; name one in [data.public], or hold out a "
                 "part of the private one with data.public_held_out"
@@ -424,7 +461,11 @@ class Job(_Table):
                 f"client_models: {self.algorithm.name} gives every client a model of its own beside the shared one of "
                 "[model]; name at least one in [[client_models]]"
             )
-        most = 1 if algorithm.pooled else self.most_participants
+        if self.transfer is not None and self.transfer.public_epochs and not public:
+            raise BadInput(
+                "transfer.public_epochs: there is no public data set; name one in [data.public], or set it to 0"
+            )
+        most = self.architectures if algorithm.pooled else self.most_participants
         if self.min_replies > most:
             raise BadInput(f"min_replies: {self.min_replies} replies can never come from {most} client(s) in a round")
         return self
@@ -440,6 +481,11 @@ class Job(_Table):
             prefix = "" if str(error).startswith("local.") else "algorithm." if names_a_key else "algorithm: "
             raise BadInput(f"{prefix}{error}") from error
         return algorithm
+
+    @property
+    def architectures(self) -> int:
+        """How many models the clients have between them, of `client_models` where there are such."""
+        return min(self.clients, max(1, len(self.client_models)))
 
     @property
     def most_participants(self) -> int:

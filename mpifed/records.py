@@ -154,12 +154,18 @@ def _own_accuracy(reports: Sequence[Report]) -> dict[str, float]:
     return {"accuracy_own": correct / samples} if samples else {}
 
 
-def _means(numbers: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Means over the clients, in the order of their ids, of what they logged; for accuracy least and most as well."""
-    means: dict[str, float] = {}
+def _means(numbers: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """Means over the clients, in the order of their ids, of what they logged.
+
+    For accuracy least and most as well; of all that are called accuracies each client's own, `[[client, value], ...]`.
+    """
+    means: dict[str, Any] = {}
     for name in dict.fromkeys(name for client in sorted(numbers) for name in numbers[client]):
-        values = [numbers[client][name] for client in sorted(numbers) if name in numbers[client]]
+        logged = [[client, numbers[client][name]] for client in sorted(numbers) if name in numbers[client]]
+        values = [value for _, value in logged]
         means[name] = sum(values) / len(values)
-        if name == "accuracy" and len(values) > 1:
+        if len(values) > 1 and name == "accuracy":
             means |= {"accuracy_min": min(values), "accuracy_max": max(values)}
+        if len(values) > 1 and name.endswith("accuracy"):
+            means[f"{name}_of_clients"] = logged
     return means

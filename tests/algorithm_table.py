@@ -167,13 +167,41 @@ def nothing(sizes: Sizes, round_: int) -> dict[str, int]:
     return {}
 
 
+def fedmd(sizes: Sizes, round_: int) -> dict[str, int]:
+    """Scores up and their consensus down, 4 n C each; the n indices twice, with either phase. No weights."""
+    n, p = 20, sizes.participants
+    return {
+        "down.indices": 2 * 4 * n * p,
+        "up.logits": 4 * n * sizes.classes * p,
+        "down.consensus": 4 * n * sizes.classes * p,
+    }
+
+
+def fedmd_weighted(sizes: Sizes, round_: int) -> dict[str, int]:
+    """The same and the weights."""
+    return fedmd(sizes, round_) | {"up.weight": 8 * sizes.participants}
+
+
 FEDFTG: dict[str, Any] = {"name": "fedftg", "iterations": 2, "batch_size": 8, "noise": 4, "channels": 8}
+DATA: dict[str, Any] = {
+    "name": "synthetic",
+    "samples": 120,
+    "test_samples": 60,
+    "input_shape": list(SHAPE),
+    "classes": CLASSES,
+    "partition": {"name": "dirichlet", "alpha": 0.5, "min_size": 10},
+}
+PUBLIC: dict[str, Any] = DATA | {
+    "public": {"name": "synthetic", "samples": 60, "input_shape": list(SHAPE), "classes": CLASSES}
+}
+"""The same with a public set, of the same classes."""
 
 LOCAL: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.1, "momentum": 0.5}
 ADAM: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.01, "optimizer": "adam"}
 STEPS: dict[str, Any] = {"steps": 4, "batch_size": 8, "lr": 0.1, "momentum": 0.5}
 MENTORS: tuple[dict[str, Any], ...] = ({"name": "mlp", "hidden": [5]}, {"name": "tests.algorithm_table:model"})
 """Models of the clients' own, for the algorithms that ask for them: one wider than the shared one, one just like it."""
+TRANSFER: dict[str, Any] = {"public_epochs": 2, "public_batch_size": 16, "private_epochs": 2, "private_batch_size": 8}
 
 ROWS: tuple[Row, ...] = (
     Row("fedavg", {"name": "fedavg"}, model_both_ways),
@@ -247,6 +275,23 @@ ROWS: tuple[Row, ...] = (
         local=ADAM,
         changes={"client_models": MENTORS},
     ),
+    Row(
+        "fedmd",
+        {"name": "fedmd", "subset_size": 20, "digest_batch_size": 8},
+        fedmd,
+        stateful=True,
+        evaluates="clients",
+        changes={"data": PUBLIC},
+    ),
+    Row(
+        "fedmd-weighted",
+        {"name": "fedmd", "subset_size": 20, "digest_batch_size": 8, "variant": "official", "weights": [1.0, 0.5]},
+        fedmd_weighted,
+        stateful=True,
+        evaluates="clients",
+        local=ADAM | {"head_decay": 0.01},
+        changes={"data": PUBLIC, "transfer": TRANSFER | {"private_validation": 0.2}},
+    ),
     Row("local", {"name": "local"}, nothing, stateful=True, evaluates="clients"),
     Row("pooled", {"name": "pooled"}, nothing, stateful=True, evaluates="clients"),
 )
@@ -263,14 +308,7 @@ def job_of(row: Row | Mapping[str, Any], **changes: Any) -> Job:
         "device": "cpu",
         "algorithm": dict(algorithm),
         "model": {"name": "tests.algorithm_table:model"},
-        "data": {
-            "name": "synthetic",
-            "samples": 120,
-            "test_samples": 60,
-            "input_shape": list(SHAPE),
-            "classes": CLASSES,
-            "partition": {"name": "dirichlet", "alpha": 0.5, "min_size": 10},
-        },
+        "data": DATA,
         "local": dict(local or LOCAL),
         "checkpoint": {"every_rounds": 0},
     }

@@ -73,6 +73,7 @@ class ToyEnv:
         self.device = torch.device("cpu")
         self.shared_buffers = True
         self.local = LocalTraining()
+        self.transfer = None
         self.public = None
         self._model = FlatModel(module)
         self._auxiliary: dict[str, Auxiliary] = {}
@@ -92,6 +93,9 @@ class ToyEnv:
 
     def generator(self, purpose: str, *key: int) -> torch.Generator:
         return torch_generator(self.seed, purpose, *key)
+
+    def once(self, purpose: str, client: int, make: Callable[[], State]) -> State:
+        return make()
 
 
 def context(

@@ -10,6 +10,7 @@ ALGORITHMS: dict[str, str] = {
     "feddistill": "mpifed.algorithms.feddistill:FedDistill",
     "feddistill_plus": "mpifed.algorithms.feddistill:FedDistillPlus",
     "fedkd": "mpifed.algorithms.fedkd:FedKD",
+    "fedmd": "mpifed.algorithms.fedmd:FedMD",
     "local": "mpifed.algorithms.local:Local",
     "pooled": "mpifed.algorithms.local:Pooled",
 }

@@ -157,6 +157,7 @@ class Env(Protocol):
     device: torch.device
     shared_buffers: bool  # running statistics are averaged with the weights (`model.buffers = "average"`)
     local: Any  # the job's [local] (mpifed.job.LocalTraining)
+    transfer: Any  # the job's [transfer] (mpifed.job.Transfer), or None
 
     @property
     def public(self) -> PublicSet | None:
@@ -177,6 +178,12 @@ class Env(Protocol):
 
     def generator(self, purpose: str, *key: int) -> torch.Generator:
         """A generator that depends on the seed, the purpose and the key alone."""
+
+    def once(self, purpose: str, client: int, make: Callable[[], State]) -> State:
+        """`make()`, computed once on a rank for all clients that share an architecture.
+
+        For what depends on the job and on the client's architecture alone: that a rank keeps it changes no bit.
+        """
 
 
 class ClientContext(Protocol):
@@ -249,7 +256,8 @@ class Algorithm:
     stateful: ClassVar[bool] = False
     """Clients keep a state between rounds; they are then trained where that state lives."""
     pooled: ClassVar[bool] = False
-    """All data in one place: one client holds what the partition gives to all (an upper bound)."""
+    """All data in one place: one client, or one of each of the job's `client_models`, holds what the partition gives to
+    all (an upper bound)."""
     needs_public: ClassVar[bool] = False
     """The job has to name a public data set (`[data.public]`)."""
     needs_client_models: ClassVar[bool] = False

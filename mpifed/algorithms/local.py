@@ -1,4 +1,7 @@
-"""Two bounds that exchange nothing: every client by itself, and all data in one place."""
+"""Two bounds that exchange nothing: every client by itself, and all data in one place.
+
+With a `[transfer]` in the job a client begins with what that leaves (`mpifed.learning.transfer`), as FedMD's do.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from mpifed.algorithms.base import Absent, Algorithm, ClientContext, Env, Payload, Reply, State
 from mpifed.learning.local import local_training
+from mpifed.learning.transfer import first_model
 
 
 @dataclass(frozen=True)
@@ -21,21 +25,18 @@ class Local(Algorithm):
     evaluates: ClassVar[Literal["server", "clients"]] = "clients"
     stateful: ClassVar[bool] = True
 
-    def client_init(self, env: Env, client: int) -> State:
-        parameters, buffers = env.initial(client)
-        return {"model": parameters, "buffers": buffers}
-
     def client(self, state: State, down: Payload, ctx: ClientContext) -> tuple[State, Reply | Absent]:
-        ctx.model.load(*self.client_predictor(state, ctx.env, ctx.id))
+        state = state or first_model(ctx)
+        ctx.model.load(state["model"], state["buffers"])
         local_training(ctx)
         return {"model": ctx.model.parameters.detach().clone(), "buffers": ctx.model.buffers.clone()}, Reply({})
 
     def client_predictor(self, state: State, env: Env, client: int) -> tuple[Tensor, Tensor]:
-        return state["model"], state["buffers"]
+        return (state["model"], state["buffers"]) if state else env.initial(client)
 
 
 @dataclass(frozen=True)
 class Pooled(Local):
-    """All data in one place, the upper bound: one client holds every sample."""
+    """All data in one place, the upper bound: one client, or one of each of `client_models`, holds every sample."""
 
     pooled: ClassVar[bool] = True

@@ -15,7 +15,7 @@ from mpifed.job import Job
 from mpifed.models import build, initialise
 from mpifed.models.flat import FlatModel
 from mpifed.rng import derive, torch_generator
-from mpifed.types import DataSpec
+from mpifed.types import DataSpec, State
 
 RESERVED = ("round", "clients", "replies", "absent", "bytes", "seconds", "open")
 """Names of a metrics row that are not the algorithm's."""
@@ -34,9 +34,11 @@ class RunEnv:
         self.device = device
         self.shared_buffers = job.model.buffers == "average"
         self.local = job.local
+        self.transfer = job.transfer
         self.public = public
         self._job = job
         self._models: dict[tuple[str, int | str], Auxiliary] = {}
+        self._computed: dict[tuple[str, str, int], State] = {}
 
     def model(self, client: int | None = None) -> Model:
         return self._instance(client).model
@@ -51,12 +53,23 @@ class RunEnv:
     def generator(self, purpose: str, *key: int) -> torch.Generator:
         return torch_generator(self.seed, purpose, *key)
 
-    def _instance(self, client: int | None) -> Auxiliary:
+    def once(self, purpose: str, client: int, make: Callable[[], State]) -> State:
+        key = (purpose, *self._architecture(client))
+        if key not in self._computed:
+            self._computed[key] = make()
+        return self._computed[key]
+
+    def _architecture(self, client: int | None) -> tuple[str, int]:
+        """Whose model it is, and its number among those."""
         own = self._job.client_models
-        if client is None or not own:
-            return self._keep(("shared", 0), lambda: self._build(self._job.model, "model"))
-        number = client % len(own)
-        return self._keep(("own", number), lambda: self._build(own[number], "client model", number))
+        return ("own", client % len(own)) if client is not None and own else ("shared", 0)
+
+    def _instance(self, client: int | None) -> Auxiliary:
+        whose, number = self._architecture(client)
+        if whose == "shared":
+            return self._keep((whose, number), lambda: self._build(self._job.model, "model"))
+        own = self._job.client_models[number]
+        return self._keep((whose, number), lambda: self._build(own, "client model", number))
 
     def _build(self, table: Any, *purpose: str | int) -> nn.Module:
         return build(table.target, table.parameters, self.spec, derive(self.seed, *purpose, table.name))

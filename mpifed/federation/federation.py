@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mpifed.algorithms.base import Algorithm, field_names
+from mpifed.algorithms.base import Algorithm, Model, field_names
 from mpifed.codecs import Codec, make
 from mpifed.comm.communicator import Communicator
 from mpifed.component import accepts
@@ -25,6 +25,7 @@ from mpifed.errors import BadInput
 from mpifed.federation.env import RunEnv, choose_device
 from mpifed.federation.roster import Roster
 from mpifed.job import Job
+from mpifed.learning.local import HEAD
 from mpifed.rng import numpy_generator
 
 
@@ -74,7 +75,8 @@ class Federation:
         source, public = divide(job, job.data.make(), device)
         partition = make_partition(job, source)
         if algorithm.pooled:
-            partition = Partition((np.sort(np.concatenate(partition.train)),))
+            everything = np.sort(np.concatenate(partition.train))
+            partition = Partition((everything,) * job.architectures)
         if public is not None and job.data.public_classes == "union":
             source = Relabelled(source, public.classes)
         env = RunEnv(job, source.spec, len(partition.train), device, public)
@@ -92,6 +94,7 @@ class Federation:
         hosted = roster.deal(range(roster.clients)).by_rank[comm.rank]
         for client in {id(env.model(client)): client for client in hosted}.values():  # one of each architecture
             algorithm.check_models(env, client)
+            _check_head(job, env.model(client))
         classes = source.spec.classes
         histogram = np.stack([np.bincount(source.train_labels[mine], minlength=classes) for mine in partition.train])
         return cls(job, comm, algorithm, source, histogram, partition, roster, env, hosts)
@@ -174,6 +177,15 @@ def _check_codec_fields(job: Job, algorithm: Algorithm, env: RunEnv) -> None:
             raise BadInput(
                 f"codec.{name}: {job.algorithm.name} exchanges no such field; known: {', '.join(known) or 'none'}"
             )
+
+
+def _check_head(job: Job, model: Model) -> None:
+    """Raise BadInput where the head is to decay and the model has none."""
+    if job.local.head_decay and HEAD not in model.layout.names:
+        raise BadInput(
+            f"local.head_decay: {type(model.module).__name__} has no trained '{HEAD}'; set it to 0, or call the model's"
+            " last layer `head`"
+        )
 
 
 def _kept_beside(job: Job, algorithm: Algorithm, env: RunEnv) -> bool:

@@ -67,16 +67,21 @@ def batches(ctx: ClientContext, purpose: str = "batches") -> Iterator[tuple[Tens
     size, left = ctx.local.batch_size, ctx.local.steps
     passes = 0
     while passes < ctx.local.epochs if left is None else left > 0:
-        order = torch.randperm(ctx.examples, generator=generator).to(ctx.y.device)
-        for part in order.split(size):
-            if len(part) == 1 and ctx.examples > 1 and size > 1:
-                continue
+        for part in one_pass(ctx.examples, size, generator):
             if left is not None:
                 if left == 0:
                     return
                 left -= 1
+            part = part.to(ctx.y.device)
             yield ctx.x[part], ctx.y[part]
         passes += 1
+
+
+def one_pass(examples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """The indices below `examples` in a new order, int64 `[batch]` on the CPU; no last batch of one after others."""
+    for part in torch.randperm(examples, generator=generator).split(batch_size):
+        if len(part) > 1 or examples == 1 or batch_size == 1:
+            yield part
 
 
 def local_training(
@@ -84,17 +89,19 @@ def local_training(
     correction: Correction | None = None,
     loss: Loss = F.cross_entropy,
     objective: Objective | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Trained:
     """Train `ctx.model` (loaded by the caller) on the client's samples, as `ctx.local` says; logs `train_loss`.
 
     Minimises `objective`, or, without one, `loss` of the model's logits. Optimiser state (momentum, Adam's moments) is
-    new every round. Raises FloatingPointError where the loss is not finite.
+    new every round, unless an `optimizer` of the model is given. Raises FloatingPointError where the loss is not
+    finite.
     """
     model, local = ctx.model, ctx.local
     rate = learning_rate(local, ctx.round, ctx.env.rounds)
     parameters = model.parameters.detach()
-    parts = list(model.layout.views(parameters).values())
-    optimizer = make_optimizer(parts, local, rate)
+    if optimizer is None:
+        optimizer = model_optimizer(model, local, rate)
     model.train()
     _seed(ctx, "dropout")
     lower = local.precision == "bfloat16"
@@ -175,6 +182,27 @@ class Optimizer(Protocol):
 
     def restore(self, state: State) -> None:
         """Go on from what `state()` gave, an empty one being that of no step."""
+
+
+def model_optimizer(model: Model, settings: Any, rate: float) -> Optimizer:
+    """`make_optimizer` over all parameters of a model, with the decay of its head where `settings` ask for it."""
+    return _with_head_decay(model, settings, make_optimizer(_parts(model), settings, rate))
+
+
+def adam_optimizer(model: Model, settings: Any, rate: float) -> Optimizer:
+    """The same with Adam, whatever the `settings` name."""
+    return _with_head_decay(model, settings, Adam(_parts(model), settings, rate))
+
+
+def _parts(model: Model) -> list[Tensor]:
+    return list(model.layout.views(model.parameters.detach()).values())
+
+
+def _with_head_decay(model: Model, settings: Any, optimizer: Optimizer) -> Optimizer:
+    if not settings.head_decay:
+        return optimizer
+    index = model.layout.names.index(HEAD)
+    return HeadDecay(optimizer, index, _parts(model)[index], settings.head_decay)
 
 
 def make_optimizer(parameters: list[Tensor], settings: Any, rate: float) -> Optimizer:
@@ -262,3 +290,27 @@ class Adam:
                 moment.copy_(part.view_as(moment))
         for steps in self._steps:
             steps.copy_(state["steps"])
+
+
+HEAD = "head.weight"
+"""The kernel of a classifier's last layer, `[classes, features]` (`mpifed.models.classifier`)."""
+
+
+class HeadDecay:
+    """An optimiser of a loss that has `factor * |W|^2` added, W the kernel of the last layer: Keras' L2 regulariser.
+
+    As a term of the gradient, 2 * factor * W: the loss that is logged is without it.
+    """
+
+    def __init__(self, inner: Optimizer, index: int, kernel: Tensor, factor: float) -> None:
+        self._inner, self._index, self._kernel, self._factor = inner, index, kernel, factor
+
+    def step(self, gradients: list[Tensor]) -> None:
+        gradients[self._index].add_(self._kernel, alpha=2.0 * self._factor)
+        self._inner.step(gradients)
+
+    def state(self) -> State:
+        return self._inner.state()
+
+    def restore(self, state: State) -> None:
+        self._inner.restore(state)

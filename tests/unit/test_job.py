@@ -259,6 +259,10 @@ MALFORMED: list[tuple[str, list[str]]] = [
     ("participation", ["participation=11"]),
     ("min_replies", ["min_replies=6"]),
     ("min_replies", ["participation=3", "min_replies=4"]),
+    ("transfer.public_epochs", ["transfer.lr=0.1"]),
+    ("transfer.public_validation", ["transfer.public_validation=1.0"]),
+    ("transfer.private_patience", ["transfer.private_patience=0"]),
+    ("local.head_decay", ["local.head_decay=-1"]),
     ("min_replies", ["algorithm.name=pooled", "min_replies=2"]),
     ("local.steps", ["local.steps=5", "local.epochs=1"]),
     ("local.momentum", ["local.optimizer=adam", "local.momentum=0.9"]),
@@ -494,6 +498,7 @@ HASHED_CHANGES = [
     "client_models=[{name='mlp'}]",
     "data.public_classes=union",
     "data.public_held_out=0.25",
+    "transfer.public_epochs=0",
 ]
 
 
