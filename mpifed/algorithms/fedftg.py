@@ -54,6 +54,31 @@ Positive = Annotated[float, Range(gt=0)]
 Weight = Annotated[float, Range(ge=0)]
 
 
+SWITCHES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "discrepancy": "kl",
+        "teacher_gradient": True,
+        "fidelity_weighting": "sample",
+        "diversity": "norm",
+        "generator_update": "joint",
+        "student_reduction": "batch",
+        "labels": "sampled",
+        "batch_norm": "train",
+    },
+    "official": {
+        "discrepancy": "l1",
+        "teacher_gradient": False,
+        "fidelity_weighting": "mean",
+        "diversity": "mean",
+        "generator_update": "per_client",
+        "student_reduction": "element",
+        "labels": "proportional",
+        "batch_norm": "train",
+    },
+}
+"""What a variant means, where the job does not say otherwise."""
+
+
 @dataclass(frozen=True)
 class FedFTG(Algorithm):
     """Server state: `base`, the base's; `generator` `[g]` and `generator_buffers`. Client states are the base's."""
@@ -86,7 +111,7 @@ class FedFTG(Algorithm):
     diversity_weight: Weight = 1.0
     """lambda_dis: images of a batch differ as their noise does."""
 
-    # the switches: paper | official
+    # the switches, in the paper's | the authors' code's meaning
     discrepancy: Literal["kl", "l1"] | None = None
     """kl | l1: what the generator maximises, KL of the outputs or mean absolute difference of the logits."""
     teacher_gradient: bool | None = None
@@ -113,20 +138,16 @@ class FedFTG(Algorithm):
             )
         self.base.check(local)
 
-    def switches(self) -> Settings:
-        """Every switch as given, or as the variant has it."""
-        official = self.variant == "official"
-        return Settings(
-            discrepancy=self.discrepancy or ("l1" if official else "kl"),
-            teacher_gradient=not official if self.teacher_gradient is None else self.teacher_gradient,
-            fidelity_weighting=self.fidelity_weighting or ("mean" if official else "sample"),
-            fidelity_weight=self.fidelity_weight,
-            diversity_weight=self.diversity_weight,
-            diversity=self.diversity or ("mean" if official else "norm"),
-            generator_update=self.generator_update or ("per_client" if official else "joint"),
-            student_reduction=self.student_reduction or ("element" if official else "batch"),
-            batch_norm=self.batch_norm or "train",
-        )
+    def switch(self, name: str) -> Any:
+        """A switch as the job says, or else as the variant does."""
+        given = getattr(self, name)
+        return SWITCHES[self.variant][name] if given is None else given
+
+    @property
+    def settings(self) -> Settings:
+        """Of the two players."""
+        names = [name for name in SWITCHES["paper"] if name != "labels"]
+        return Settings(self.fidelity_weight, self.diversity_weight, **{name: self.switch(name) for name in names})
 
     # --- what crosses the network: the base's, with every client's model by itself ------------------------------------
     def down(self, env: Env) -> Mapping[str, Field]:
@@ -200,17 +221,16 @@ class FedFTG(Algorithm):
 
         `clients`: the teachers' parameters `[K, d]` and buffers `[K, b]`; `counts` `[K, C]`.
         """
-        switches, random = self.switches(), env.generator("fine-tuning", round_)
+        settings, random = self.settings, env.generator("fine-tuning", round_)
         alpha = label_weights(counts)  # [K, C], the class-level ensemble of equation 10
         student, generator = env.model(), self.generator(env).model
         student.load(base["model"], base.get("buffers", env.initial()[1]))
         generator.load(server["generator"], server["generator_buffers"])
         decay = self.lr_decay ** (round_ - 1)
-        settings = _Optimised(weight_decay=self.student_weight_decay)
         student_parts, generator_parts = (
             list(model.layout.views(model.parameters.detach()).values()) for model in (student, generator)
         )
-        sgd = Sgd(student_parts, settings, self.student_lr * decay)
+        sgd = Sgd(student_parts, _Optimised(self.student_weight_decay), self.student_lr * decay)
         adam = Adam(generator_parts, _Optimised(), self.generator_lr * decay)
 
         def generate(noise: Tensor, labels: Tensor) -> Tensor:
@@ -219,9 +239,7 @@ class FedFTG(Algorithm):
         def teachers(images: Tensor, some: slice = slice(None)) -> Tensor:
             return ensemble_logits(student, clients[0][some], clients[1][some], images)
 
-        official = self.variant == "official"
-        draw = self.labels or ("proportional" if official else "sampled")
-        for labels in label_batches(counts, self.iterations, self.batch_size, draw, random):
+        for labels in label_batches(counts, self.iterations, self.batch_size, self.switch("labels"), random):
             noise = draw_noise("normal", self.batch_size, self.noise, random).to(env.device)
             weights, labels = alpha[:, labels].to(env.device), labels.to(env.device)
             for _ in range(self.generator_steps):
@@ -235,13 +253,13 @@ class FedFTG(Algorithm):
                     noise,
                     labels,
                     weights,
-                    switches,
+                    settings,
                 )
             generator.eval()
             with torch.no_grad():
                 images = generate(noise, labels)
                 target = (weights[:, :, None] * teachers(images).softmax(dim=2)).sum(dim=0)
-            train_student(student, sgd, images, target, self.student_steps, switches)
+            train_student(student, sgd, images, target, self.student_steps, settings)
         tuned = {"model": student.parameters.detach().clone()}
         if "buffers" in base:
             tuned["buffers"] = student.buffers.clone()

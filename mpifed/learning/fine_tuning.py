@@ -96,11 +96,11 @@ class Step(Protocol):
 class Settings:
     """The switches of both players (see `mpifed.algorithms.fedftg.FedFTG`)."""
 
+    fidelity_weight: float
+    diversity_weight: float
     discrepancy: Discrepancy
     teacher_gradient: bool
     fidelity_weighting: Literal["sample", "mean"]
-    fidelity_weight: float
-    diversity_weight: float
     diversity: Distances
     generator_update: Literal["joint", "per_client"]
     student_reduction: Literal["batch", "element"]

@@ -95,10 +95,10 @@ def test_teachers_are_the_clients_models(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_official_and_paper_differ_and_switches_win(tmp_path: Path) -> None:
     paper, official = FedFTG(), FedFTG(variant="official")
-    assert (paper.switches().discrepancy, official.switches().discrepancy) == ("kl", "l1")
-    assert FedFTG(variant="official", discrepancy="kl", teacher_gradient=True).switches() != official.switches()
-    assert FedFTG(variant="official", teacher_gradient=True).switches().teacher_gradient
-    assert not FedFTG(teacher_gradient=False).switches().teacher_gradient
+    assert (paper.settings.discrepancy, official.settings.discrepancy) == ("kl", "l1")
+    assert FedFTG(variant="official", discrepancy="kl", teacher_gradient=True).settings != official.settings
+    assert FedFTG(variant="official", teacher_gradient=True).settings.teacher_gradient
+    assert not FedFTG(teacher_gradient=False).settings.teacher_gradient
     models = [outcome(tmp_path / v, SMALL | {"variant": v}).server["base"]["model"] for v in ("paper", "official")]
     assert not torch.equal(*models)
 
