@@ -301,9 +301,9 @@ class Engine:
         self, model: tuple[Tensor, Tensor] | Ensemble, samples: tuple[Tensor, Tensor], client: int | None
     ) -> Evaluation:
         env = self.federation.env
-        members = model.members if isinstance(model, Ensemble) else (model,)
+        members, weights = (model.members, model.weights) if isinstance(model, Ensemble) else ((model,), ())
         size, standardise = self.job.evaluate.batch_size, env.spec.standardise
-        return evaluate(env.model(client), *samples, size, standardise=standardise, members=members)
+        return evaluate(env.model(client), *samples, size, standardise=standardise, members=members, weights=weights)
 
     def _test_own(self, shared: Payload, own: Mapping[int, Payload], counts: list[int]) -> None:
         """Test what each client hosted here would use now on its own test samples; adds to right answers and samples.

@@ -162,6 +162,44 @@ def fedkd_weighted(sizes: Sizes, round_: int) -> dict[str, int]:
     return fedkd(sizes, round_) | {"up.weight": 8 * sizes.participants}
 
 
+FEDDF: dict[str, Any] = {"name": "feddf", "steps": 6, "batch_size": 16, "measure_every": 3, "lr": 0.01}
+
+FEDGEN: dict[str, Any] = {
+    "name": "fedgen", "hidden": 5, "noise_size": 2, "generator_steps": 3, "generator_lr": 0.01,
+    "generated_weight": 0.3, "latent_kl_weight": 0.2,
+}  # fmt: skip
+
+
+def fedgen(sizes: Sizes, round_: int) -> dict[str, int]:
+    """FedAvg's with the model's upload in two; counts as int32; from round 2 on the generator, whose input is noise and
+    label and whose output the hidden layer, its running statistics, and the prior of labels."""
+    count, head = sizes.participants, HIDDEN * CLASSES + CLASSES
+    average = model_both_ways(sizes, round_)
+    average.pop("up.update")
+    up = {"up.body_update": sizes.parameters - head, "up.head_update": head, "up.label_counts": sizes.classes}
+    return average | {kind: 4 * size * count for kind, size in (up | generated(sizes, round_)).items()}
+
+
+def fedgen_head(sizes: Sizes, round_: int) -> dict[str, int]:
+    """The head alone, and the rest as above."""
+    count, head = sizes.participants, HIDDEN * CLASSES + CLASSES
+    fields = {"down.head": head, "up.head_update": head, "up.label_counts": sizes.classes}
+    return {kind: 4 * size * count for kind, size in (fields | generated(sizes, round_)).items()}
+
+
+def generated(sizes: Sizes, round_: int) -> dict[str, int]:
+    """Numbers that a client is sent with the generator."""
+    noise, hidden = FEDGEN["noise_size"], FEDGEN["hidden"]
+    parameters = (noise + sizes.classes) * hidden + hidden + 2 * hidden + hidden * HIDDEN + HIDDEN
+    fields = {"down.generator": parameters, "down.generator_statistics": 2 * hidden, "down.label_prior": sizes.classes}
+    return fields if round_ > 1 else {}
+
+
+def unweighted(of: Callable[[Sizes, int], dict[str, int]]) -> Callable[[Sizes, int], dict[str, int]]:
+    """The same where clients count equally."""
+    return lambda sizes, round_: {kind: size for kind, size in of(sizes, round_).items() if kind != "up.weight"}
+
+
 def nothing(sizes: Sizes, round_: int) -> dict[str, int]:
     """No exchange."""
     return {}
@@ -308,6 +346,7 @@ def job_of(row: Row | Mapping[str, Any], **changes: Any) -> Job:
         "device": "cpu",
         "algorithm": dict(algorithm),
         "model": {"name": "tests.algorithm_table:model"},
+        "data": DATA,
         "data": DATA,
         "local": dict(local or LOCAL),
         "checkpoint": {"every_rounds": 0},

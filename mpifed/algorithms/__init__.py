@@ -11,6 +11,9 @@ ALGORITHMS: dict[str, str] = {
     "feddistill_plus": "mpifed.algorithms.feddistill:FedDistillPlus",
     "fedkd": "mpifed.algorithms.fedkd:FedKD",
     "fedmd": "mpifed.algorithms.fedmd:FedMD",
+    "fedgen": "mpifed.algorithms.fedgen:FedGen",
+    "fedensemble": "mpifed.algorithms.fedensemble:FedEnsemble",
+    "feddf": "mpifed.algorithms.feddf:FedDF",
     "local": "mpifed.algorithms.local:Local",
     "pooled": "mpifed.algorithms.local:Pooled",
 }

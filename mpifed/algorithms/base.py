@@ -237,9 +237,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Several models of the shared architecture that predict together: the mean of their logits."""
+    """Several models of the shared architecture that predict together: the (weighted) mean of their logits."""
 
     members: tuple[tuple[Tensor, Tensor], ...]  # parameters [d] and buffers [b] of each
+    weights: tuple[float, ...] = ()  # relative; none: equal
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,18 @@ Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arX
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, vmap
 
 from mpifed.algorithms.base import Model
+from mpifed.learning.local import Adam
 
 LogitLoss = Literal["l1", "mse", "kl"]
 
@@ -56,47 +58,102 @@ def ensemble_logits(
     buffers: Tensor,
     x: Tensor,
     *,
-    batch_statistics: bool = False,
     batched: bool | None = None,
 ) -> Tensor:
     """The logits `[K, B, C]` of K models of `model`'s architecture, of which nothing is loaded or changed.
 
     `parameters` `[K, d]` and `buffers` `[K, b]` (running statistics), resident on the device of `x` `[B, ...]`. In
-    evaluation mode, each with its own running statistics; with `batch_statistics`, for models whose running statistics
-    are not known, batch normalisation uses those of this batch. Differentiable in `x` and in `parameters`.
+    evaluation mode, each with its own running statistics; `model`'s mode is restored. Differentiable in `x` and in
+    `parameters`.
 
     `batched` runs the K forward passes as one (`vmap`); by default on an accelerator, where launching K times is what
     costs. On a CPU it would make grouped convolutions of convolutions, which are up to three times slower than a loop.
     An architecture that cannot be batched is looped over.
     """
-    counters: dict[str, Tensor] = {}
-    if batch_statistics:  # batch normalisation then moves its running statistics and counts, those of these copies
-        buffers = buffers.clone()
-        counters = {name: b.clone() for name, b in model.module.named_buffers() if not b.is_floating_point()}
 
     def one(parameters: Tensor, buffers: Tensor) -> Tensor:
-        named = model.layout.views(parameters) | model.buffer_layout.views(buffers) | counters
+        named = model.layout.views(parameters) | model.buffer_layout.views(buffers)
         return functional_call(model.module, named, (x,))
 
-    with _evaluation(model.module, batch_statistics):
+    modes = [(part, part.training) for part in model.module.modules()]
+    model.eval()
+    try:
         if x.is_cuda if batched is None else batched:
             try:
                 return vmap(one)(parameters, buffers)
             except RuntimeError:  # an operation that vmap does not know; what is wrong otherwise, the loop raises again
                 pass
         return torch.stack([one(*member) for member in zip(parameters, buffers, strict=True)])
-
-
-@contextmanager
-def _evaluation(module: nn.Module, batch_statistics: bool) -> Iterator[None]:
-    """Evaluation mode, but for batch normalisation where it is to use the batch; every part's mode is restored."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    for part, _ in modes:
-        if batch_statistics and isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.training = True
-    try:
-        yield
     finally:
         for part, training in modes:
             part.training = training
+
+
+def distil(
+    student: Model,
+    teacher: Callable[[Tensor], Tensor],
+    inputs: Callable[[Tensor], Tensor],
+    samples: Tensor,
+    held_out: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    patience: int,
+    measure_every: int,
+    random: torch.Generator,
+) -> int:
+    """Train the loaded `student`, in the mode that it is in, to answer as `teacher` does; returns the steps made.
+
+    Minimises KL(softmax(teacher(x)) || softmax(student(x))) by Adam, `lr` falling to 0 over `steps` by half a cosine.
+    Every `measure_every` steps the same loss is measured on the held-out samples (the student in evaluation mode);
+    after `patience` steps without an improvement it stops. The student ends as it was when that loss was least, be it
+    at the start.
+
+    `inputs(indices int64 [B])` -> model input `[B, ...]`; `samples` and `held_out` are indices. The teacher answers
+    each sample once, whatever the number of passes.
+    """
+    targets, measured = (_answers(teacher, inputs, indices, batch_size) for indices in (samples, held_out))
+
+    def disagreement() -> float:
+        training = student.training
+        student.eval()
+        losses = [
+            float(kl_divergence(student(inputs(part)), answers)) * len(part)
+            for part, answers in zip(held_out.split(batch_size), measured.split(batch_size), strict=True)
+        ]
+        student.train(training)
+        return sum(losses) / len(held_out)
+
+    def copy() -> tuple[Tensor, Tensor]:
+        return student.parameters.detach().clone(), student.buffers.clone()
+
+    parts = list(student.layout.views(student.parameters.detach()).values())
+    optimizer = Adam(parts, SimpleNamespace(weight_decay=0.0), lr)
+    with torch.no_grad():
+        least, best, best_at = disagreement(), copy(), 0
+    order, step = torch.empty(0, dtype=torch.int64), 0
+    while step < steps and step - best_at < patience:
+        if len(order) < min(batch_size, len(samples)):
+            order = torch.randperm(len(samples), generator=random)
+        batch, order = order[:batch_size], order[batch_size:]
+        optimizer.rate = lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        student.drop_gradient()
+        kl_divergence(student(inputs(samples[batch])), targets[batch.to(targets.device)]).backward()
+        optimizer.step(student.gradients())
+        step += 1
+        if step % measure_every == 0 or step == steps:
+            with torch.no_grad():
+                now = disagreement()
+            if now < least:
+                least, best, best_at = now, copy(), step
+    student.load(*best)
+    return step
+
+
+def _answers(
+    teacher: Callable[[Tensor], Tensor], inputs: Callable[[Tensor], Tensor], indices: Tensor, batch_size: int
+) -> Tensor:
+    """The teacher's logits `[len(indices), C]`."""
+    with torch.no_grad():
+        return torch.cat([teacher(inputs(part)) for part in indices.split(batch_size)])

@@ -41,11 +41,13 @@ def evaluate(
     standardise: Callable[[Tensor], Tensor] | None = None,
     between: Callable[[], None] | None = None,
     members: Sequence[tuple[Tensor, Tensor]] = (),
+    weights: Sequence[float] = (),
 ) -> Evaluation:
     """Test `model` in evaluation mode, without gradients; its mode is restored, also when something raises.
 
     With `members`, parameters `[d]` and buffers `[b]` that are loaded into `model`: one, or several that predict
-    together, by the mean of their logits (an ensemble). Without, the model is tested as it is.
+    together, by the mean of their logits (an ensemble), weighted where there are `weights`. Without, the model is
+    tested as it is.
 
     `x` `[examples, *input_shape]` is model input, or, with `standardise`, stored samples (uint8, say) that it makes
     into model input batch by batch. `y` is int64 `[examples]`. Both may lie on another device than the model.
@@ -69,7 +71,7 @@ def evaluate(
             for samples, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
                 samples, labels = samples.to(device), labels.to(device)
                 inputs = samples if standardise is None else standardise(samples)
-                logits = model(inputs) if len(members) < 2 else _mean_logits(model, members, inputs)
+                logits = model(inputs) if len(members) < 2 else _mean_logits(model, members, weights, inputs)
                 loss += functional.cross_entropy(logits, labels, reduction="none").sum(dtype=torch.float64)
                 correct += (logits.argmax(dim=1) == labels).sum()
                 if between is not None:
@@ -79,10 +81,13 @@ def evaluate(
     return Evaluation(correct.item() / examples, loss.item() / examples, examples, int(correct.item()))
 
 
-def _mean_logits(model: Evaluated, members: Sequence[tuple[Tensor, Tensor]], inputs: Tensor) -> Tensor:
+def _mean_logits(
+    model: Evaluated, members: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], inputs: Tensor
+) -> Tensor:
     """`[batch, classes]`."""
+    weights = weights or [1.0] * len(members)
     total = torch.zeros((), device=inputs.device)
-    for member in members:
+    for member, weight in zip(members, weights, strict=True):
         model.load(*member)
-        total = total + model(inputs)
-    return total / len(members)
+        total = total + weight * model(inputs)
+    return total / sum(weights)

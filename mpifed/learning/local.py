@@ -248,7 +248,7 @@ class Adam:
     """`torch.optim.Adam`, by default with its betas and epsilon.
 
     `state()` and `restore()` carry the moments from one round to the next, where an algorithm keeps them in the
-    client's or the server's state.
+    client's or the server's state. `rate` may be changed between steps.
     """
 
     def __init__(
@@ -258,9 +258,9 @@ class Adam:
         rate: float,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
+        self.rate = rate
         self._parameters = parameters
         self._options = {
-            "lr": rate,
             "beta1": betas[0],
             "beta2": betas[1],
             "eps": 1e-8,
@@ -274,7 +274,7 @@ class Adam:
         self._steps = [torch.zeros(()) for _ in parameters]
 
     def step(self, gradients: list[Tensor]) -> None:
-        adam(self._parameters, gradients, self._means, self._squares, [], self._steps, **self._options)
+        adam(self._parameters, gradients, self._means, self._squares, [], self._steps, lr=self.rate, **self._options)
 
     def state(self) -> State:
         """`mean` and `square`, the moments `[d]`, and `steps`, how many were made."""

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mpifed.errors import BadInput
+from mpifed.types import Layout
 
 Width = Annotated[int, Field(ge=1, description="units or channels of a layer")]
 
@@ -89,3 +91,57 @@ def channels_of(input_shape: tuple[int, ...], name: str) -> int:
             f"shape {input_shape}; choose 'mlp' or 'linear' ('transformer' for text)."
         )
     return input_shape[0]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which part of a classifier's flat vector `[d]` is its head `[h]`; the rest is its body `[d - h]`."""
+
+    layout: Layout
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, module: nn.Module, layout: Layout) -> Parts:
+        """Those of a module with the parameters of `layout`; raises `BadInput` as `split` does."""
+        _, head = split(module)
+        ids = {id(parameter) for parameter in head.parameters()}
+        names = [name for name, parameter in module.named_parameters() if id(parameter) in ids]
+        places = [layout.names.index(name) for name in names]
+        if places != list(range(places[0], places[-1] + 1)):
+            raise BadInput(f"model.name: the head of {type(module).__name__} is not in one piece; {names}")
+        last = places[-1]
+        return cls(layout, layout.offsets[places[0]], layout.offsets[last] + layout.sizes[last])
+
+    def head(self, flat: Tensor) -> Tensor:
+        """`[..., d]` -> `[..., h]`, sharing memory with it."""
+        return flat[..., self.start : self.end]
+
+    def body(self, flat: Tensor) -> Tensor:
+        """`[..., d]` -> `[..., d - h]`, a copy."""
+        return torch.cat([flat[..., : self.start], flat[..., self.end :]], dim=-1)
+
+    def join(self, body: Tensor, head: Tensor) -> Tensor:
+        """The vector `[d]` of these parts."""
+        return torch.cat([body[: self.start], head, body[self.start :]])
+
+    @property
+    def head_layout(self) -> Layout:
+        return self._select(lambda offset: self.start <= offset < self.end)
+
+    @property
+    def body_layout(self) -> Layout:
+        return self._select(lambda offset: not self.start <= offset < self.end)
+
+    def _select(self, wanted: Callable[[int], bool]) -> Layout:
+        layout = self.layout
+        kept = [i for i, offset in enumerate(layout.offsets) if wanted(offset)]
+        return Layout(tuple(layout.names[i] for i in kept), tuple(layout.shapes[i] for i in kept))
+
+    def linear(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads `[K, h]` -> weights `[K, classes, features]` and biases `[K, classes]` (zeros where there is none)."""
+        shapes = self.head_layout.shapes
+        classes, features = shapes[0]
+        weights = heads[:, : classes * features].reshape(-1, classes, features)
+        biases = heads[:, classes * features :] if len(shapes) > 1 else heads.new_zeros(len(heads), classes)
+        return weights, biases

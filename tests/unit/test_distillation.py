@@ -135,25 +135,6 @@ def test_an_ensemble_passes_gradients_to_its_inputs_and_members(case: Any, batch
     torch.testing.assert_close(inputs, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_members_without_running_statistics_use_the_batchs(case: Any, batched: bool) -> None:
-    """As in training mode, dropout apart; the statistics that were given do not count and are not changed."""
-    model, x = case
-    parameters, buffers = members(model, 2)
-    given = buffers.clone()
-    logits = ensemble_logits(model, parameters, buffers, x, batch_statistics=True, batched=batched)
-    assert torch.equal(buffers, given)
-    assert all(int(count) == 0 for name, count in model.module.named_buffers() if "num_batches" in name)
-    elsewhere = ensemble_logits(model, parameters, buffers + 1, x, batch_statistics=True, batched=batched)
-    assert torch.equal(logits, elsewhere)
-    for part in model.module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-    model.train()
-    model.load(parameters[1], buffers[1])
-    torch.testing.assert_close(logits[1], model(x))
-
-
 class Branching(nn.Module):
     """Looks at a number, which no batching of the call can do."""
 
