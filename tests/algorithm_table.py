@@ -347,7 +347,6 @@ def job_of(row: Row | Mapping[str, Any], **changes: Any) -> Job:
         "algorithm": dict(algorithm),
         "model": {"name": "tests.algorithm_table:model"},
         "data": DATA,
-        "data": DATA,
         "local": dict(local or LOCAL),
         "checkpoint": {"every_rounds": 0},
     }

@@ -18,7 +18,8 @@ from mpifed.federation.env import Context
 from mpifed.federation.federation import Federation
 from mpifed.learning.distillation import ensemble_logits, kl_divergence
 from mpifed.learning.local import local_training
-from tests.algorithm_table import CLIENTS, FEDDF, PARTICIPANTS, PUBLIC as PUBLIC_DATA, assert_same_bits, job_of, run
+from tests.algorithm_table import CLIENTS, FEDDF, PARTICIPANTS, assert_same_bits, job_of, run
+from tests.algorithm_table import PUBLIC as PUBLIC_DATA
 
 PUBLIC = {"data": PUBLIC_DATA}
 ENSEMBLE = {"name": "fedensemble"}
