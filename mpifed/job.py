@@ -636,8 +636,8 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
 def merge(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the tables of a job with `overrides`, values by dotted key; nothing is validated.
 
-    One that changes the `name` in a table drops the parameters of the old name (names go first, so that parameters
-    given with it stay); one that sets `local.steps` drops `local.epochs`, and the reverse. Raises `BadInput` where a
+    One that changes the `name` in a table drops the parameters of the old name (names go first, outer ones before inner
+    ones, so that what is given with a name stays); one that sets `local.steps` drops `local.epochs`, and the reverse. Raises `BadInput` where a
     table is overridden both as a whole and in part.
     """
     merged = copy.deepcopy(dict(document))
@@ -650,7 +650,7 @@ def merge(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
                 )
     if isinstance(merged.get("codec"), dict):
         merged["codec"] = dict(flatten(merged["codec"]))
-    for path in sorted(values, key=lambda path: path[-1] != "name"):
+    for path in sorted(values, key=lambda path: (path[-1] != "name", len(path))):
         _set(merged, path, values[path])
     for chosen, other in (("steps", "epochs"), ("epochs", "steps")):
         if ("local", chosen) in values and ("local", other) not in values:

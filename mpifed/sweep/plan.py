@@ -15,6 +15,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -189,8 +190,6 @@ class Sweep:
 
     def select(self, patterns: Sequence[str]) -> list[Member]:
         """The members whose names match one of the shell patterns; all for none. Raises `BadInput` for no match."""
-        from fnmatch import fnmatchcase
-
         for pattern in patterns:
             if not any(fnmatchcase(member.name, pattern) for member in self.members):
                 raise BadInput(f"--only: no member is called '{pattern}'; the first is '{self.members[0].name}'")

@@ -15,7 +15,7 @@ import pytest
 
 from mpifed.__main__ import main as mpifed_main
 from mpifed.errors import BAD_INPUT, BadInput
-from mpifed.job import from_document, load
+from mpifed.job import from_document, load, merge
 from mpifed.storage.run_folder import RunFolder
 from mpifed.sweep.command import main
 from mpifed.sweep.plan import LONGEST_NAME, SNAPSHOT, Number, Sweep, is_sweep, published, read_sweep
@@ -117,6 +117,11 @@ def test_the_order_of_overrides_does_not_matter(tmp_path: Path) -> None:
     """A name in the grid and its parameters in a variant: the name never drops the parameters given with it."""
     text = '[grid]\n"algorithm.name" = ["fedprox"]\n[[variant]]\nlabel = "a"\nset = { "algorithm.mu" = 0.3 }'
     assert validate(read(tmp_path, text).members)["a-algorithmfedprox"].algorithm.parameters["mu"] == 0.3
+
+
+def test_the_name_of_a_base_survives_the_name_of_its_algorithm() -> None:
+    merged = merge({"algorithm": {"name": "a", "mu": 1}}, {"algorithm.base.name": "b", "algorithm.name": "c"})
+    assert merged == {"algorithm": {"name": "c", "base": {"name": "b"}}}
 
 
 def test_the_snapshot_reads_as_the_sweep(tmp_path: Path) -> None:
