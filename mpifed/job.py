@@ -636,9 +636,9 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
 def merge(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the tables of a job with `overrides`, values by dotted key; nothing is validated.
 
-    One that changes the `name` in a table drops the parameters of the old name (names go first, outer ones before inner
-    ones, so that what is given with a name stays); one that sets `local.steps` drops `local.epochs`, and the reverse. Raises `BadInput` where a
-    table is overridden both as a whole and in part.
+    One that changes the `name` in a table drops the parameters of the old name (names go first, outer ones before
+    inner ones, so that what is given with a name stays); one that sets `local.steps` drops `local.epochs`, and the
+    reverse. Raises `BadInput` where a table is overridden both as a whole and in part.
     """
     merged = copy.deepcopy(dict(document))
     values = {_path(key): value for key, value in overrides.items()}
