@@ -315,6 +315,11 @@ class PublicTable(Component):
         return self.target(**({"root": root} if accepts(self.target, "root") else {}), **self.parameters)
 
 
+def _tuple(value: Any) -> Any:
+    """What a table that is bound first has lost: that an array of JSON may become a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class DataTable(Component):
     """`[data]`: a function that returns the data set."""
 
@@ -324,6 +329,9 @@ class DataTable(Component):
 
     name: str = Field(description="The data set.")
     root: str = Field(default="", description="Folder of the data sets; empty: `$MPIFED_DATA`, or else `data`.")
+    only_classes: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_tuple)] = Field(
+        default=(), description="Only these classes, numbered anew from 0 in this order; none: all."
+    )
     partition: PartitionTable = Field(
         default_factory=PartitionTable,
         description="How the examples are dealt to the clients.",

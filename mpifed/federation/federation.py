@@ -20,6 +20,7 @@ from mpifed.comm.communicator import Communicator
 from mpifed.component import accepts
 from mpifed.data.partition import Partition
 from mpifed.data.public import Public, Relabelled, Rest
+from mpifed.data.selection import Selected
 from mpifed.data.source import Source
 from mpifed.errors import BadInput
 from mpifed.federation.env import RunEnv, choose_device
@@ -203,6 +204,7 @@ def _codec(text: str, key: str) -> Codec:
 
 def divide(job: Job, source: Source, device: torch.device) -> tuple[Source, Public | None]:
     """The job's private data set and its public one. Raises BadInput where they do not fit each other."""
+    source = Selected(source, job.data.only_classes) if job.data.only_classes else source
     table, held_out = job.data.public, job.data.public_held_out
     if held_out:
         order = numpy_generator(job.seed, "public").permutation(len(source.train_labels))

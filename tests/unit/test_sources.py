@@ -19,10 +19,12 @@ from mpifed.component import bind, resolve
 from mpifed.data import SOURCES, hdf5
 from mpifed.data.hdf5 import HDF5Source, digits
 from mpifed.data.idx import emnist, fashion_mnist, mnist
-from mpifed.data.source import Source
+from mpifed.data.selection import Selected
+from mpifed.data.source import ArraySource, Source
 from mpifed.data.synthetic import Synthetic
 from mpifed.data.vision import cifar10, cifar100, svhn
 from mpifed.errors import BadInput
+from mpifed.types import DataSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -431,6 +433,35 @@ def test_synthetic_is_learnable() -> None:
     means = torch.stack([x[y == c].mean(dim=0).flatten() for c in range(10)])
     x, y = source.take("test", np.arange(500))
     assert (torch.cdist(x.flatten(1), means).argmin(dim=1) == y).float().mean() > 0.9
+
+
+# --- some classes of a set -------------------------------------------------------------------------------------------
+def numbered_source(test_labels: list[int]) -> ArraySource:
+    """Training samples 0..7 with labels 0, 1, 2, 3, 0, 1, 2, 3 and owners 10..17; test samples 100, 101, ..."""
+    train, test = np.arange(8, dtype=np.float32), np.arange(100, 100 + len(test_labels), dtype=np.float32)
+    labels = np.arange(8) % 4
+    return ArraySource(DataSpec((1,), 4), train[:, None], labels, test[:, None], np.array(test_labels), labels + 10)
+
+
+def test_some_classes_numbered_anew() -> None:
+    """Class 3 becomes 0 and class 1 becomes 1; their samples are 1, 3, 5, 7, in the order of the set."""
+    some = Selected(numbered_source([3, 2, 1, 3]), [3, 1])
+    assert some.spec.classes == 2 and some.train_owner is not None
+    assert some.train_labels.tolist() == [1, 0, 1, 0] and some.test_labels.tolist() == [0, 1, 0]
+    assert some.train_owner.tolist() == [11, 13, 11, 13]
+    x, y = some.take("train", np.array([3, 0]))
+    assert (x[:, 0].tolist(), y.tolist(), y.dtype) == ([7.0, 1.0], [0, 1], torch.int64)
+    x, y = some.take("test", np.array([1]))
+    assert (x[:, 0].tolist(), y.tolist()) == ([102.0], [1])
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [([0, 4], "below 4"), ([1, 1], "each once"), ([0, 2], "the test set has no sample of class 0")],
+)
+def test_classes_that_cannot_be_selected(classes: list[int], message: str) -> None:
+    with pytest.raises(BadInput, match=rf"^data.only_classes: .*{message}"):
+        Selected(numbered_source([3, 2, 1, 3]), classes)
 
 
 # --- the real files, where they are ----------------------------------------------------------------------------------
