@@ -30,7 +30,7 @@ from torch import Tensor
 from mpifed.algorithms.base import ClientContext, Env, Model
 from mpifed.errors import BadInput
 from mpifed.learning.distillation import kl_divergence
-from mpifed.learning.local import batches, learning_rate, make_optimizer, seed_dropout
+from mpifed.learning.local import batches, learning_rate, make_optimizer, model_optimizer, seed_dropout
 from mpifed.models.classifier import Trace, trace
 from mpifed.types import State
 
@@ -199,8 +199,8 @@ def mutual_training(
     projections = [projection.clone().requires_grad_() for projection in projections]
     rate = learning_rate(local, ctx.round, ctx.env.rounds)
     steppers = {
-        "mentor": make_optimizer(_parts(mentor), local, rate if mentor_lr is None else rate * mentor_lr / local.lr),
-        "mentee": make_optimizer(_parts(mentee), local, rate),
+        "mentor": model_optimizer(mentor, local, rate if mentor_lr is None else rate * mentor_lr / local.lr),
+        "mentee": model_optimizer(mentee, local, rate),
     }
     if projections:
         steppers["projection"] = make_optimizer([projection.detach() for projection in projections], local, rate)
@@ -250,10 +250,6 @@ def _backward(
     else:
         (losses.mentor + losses.mentee).backward()
     return [projection.grad for projection in projections if projection.grad is not None]
-
-
-def _parts(model: Model) -> list[Tensor]:
-    return list(model.layout.views(model.parameters.detach()).values())
 
 
 def _trained(model: Model) -> list[Tensor]:
