@@ -263,7 +263,7 @@ MALFORMED: list[tuple[str, list[str]]] = [
     ("transfer.public_validation", ["transfer.public_validation=1.0"]),
     ("transfer.private_patience", ["transfer.private_patience=0"]),
     ("local.head_decay", ["local.head_decay=-1"]),
-    ("data.only_classes", ["data.only_classes=[-1]"]),
+    ("data.only_classes.0", ["data.only_classes=[-1]"]),
     ("min_replies", ["algorithm.name=pooled", "min_replies=2"]),
     ("local.steps", ["local.steps=5", "local.epochs=1"]),
     ("local.momentum", ["local.optimizer=adam", "local.momentum=0.9"]),
