@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mpifed.algorithms.base import Absent, ClientContext, Env, Field, Payload, Phase, Reply, State, Uploads
 from mpifed.algorithms.fedavg import FedAvg
-from mpifed.algorithms.fedensemble import client_models, one_by_one, with_own_buffers
+from mpifed.algorithms.teachers import client_models, one_by_one, with_own_buffers
 from mpifed.learning.distillation import distil, ensemble_logits
 
 Positive = Annotated[int, Range(ge=1)]

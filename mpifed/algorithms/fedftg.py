@@ -31,11 +31,9 @@ from mpifed.algorithms.base import (
     Algorithm,
     Auxiliary,
     ClientContext,
-    Each,
     Ensemble,
     Env,
     Field,
-    Mean,
     Payload,
     Phase,
     Reply,
@@ -43,6 +41,7 @@ from mpifed.algorithms.base import (
     Uploads,
 )
 from mpifed.algorithms.fedavg import FedAvg
+from mpifed.algorithms.teachers import client_models, one_by_one, with_own_buffers
 from mpifed.learning.distillation import ensemble_logits
 from mpifed.learning.fine_tuning import Settings, label_batches, train_generator, train_student
 from mpifed.learning.generation import draw_noise, label_weights
@@ -154,14 +153,7 @@ class FedFTG(Algorithm):
         return self.base.down(env)
 
     def up(self, env: Env) -> Mapping[str, Field]:
-        fields = dict(self.base.up(env))
-        for name in ("update", "buffers_update"):
-            if name in fields:
-                rule = fields[name].reduce
-                fields[name] = replace(fields[name], reduce=Each(rule.weights if isinstance(rule, Mean) else "uniform"))
-        if "buffers_update" not in fields and env.initial()[1].numel():  # a teacher needs its own running statistics
-            fields["buffers"] = Field(tuple(env.initial()[1].shape))
-        return fields | {"class_counts": Field((env.spec.classes,), torch.int32)}
+        return dict(one_by_one(self.base.up(env), env)) | {"class_counts": Field((env.spec.classes,), torch.int32)}
 
     # --- client: the base's, and its class counts ---------------------------------------------------------------------
     def client_init(self, env: Env, client: int) -> State:
@@ -169,12 +161,10 @@ class FedFTG(Algorithm):
 
     def client(self, state: State, down: Payload, ctx: ClientContext) -> tuple[State, Reply | Absent]:
         state, answer = self.base.client(state, down, ctx)
-        if isinstance(answer, Absent):
-            return state, answer
-        more = {"class_counts": ctx.label_counts.to(torch.int32)}
-        if "buffers" not in down and ctx.model.buffers.numel():
-            more["buffers"] = ctx.model.buffers
-        return state, replace(answer, upload=answer.upload | more)
+        answer = with_own_buffers(answer, down, ctx)
+        if isinstance(answer, Reply):
+            answer = replace(answer, upload=answer.upload | {"class_counts": ctx.label_counts.to(torch.int32)})
+        return state, answer
 
     # --- server -------------------------------------------------------------------------------------------------------
     def server_init(self, env: Env) -> State:
@@ -193,19 +183,12 @@ class FedFTG(Algorithm):
 
     def server_step(self, env: Env, server: State, uploads: Uploads, round_: int) -> State:
         """The base's step, and then the fine-tuning of its model."""
-        sent = self.base.download(server["base"], round_)
         base = self.base.server(server["base"], uploads, round_)
         if self.iterations == 0:
             return server | {"base": base}
-        models = torch.stack([sent["model"] + update for update in uploads.each("update")])
-        if "buffers" in sent:
-            buffers = torch.stack([sent["buffers"] + update for update in uploads.each("buffers_update")])
-        elif env.initial()[1].numel():
-            buffers = torch.stack(list(uploads.each("buffers")))
-        else:
-            buffers = torch.empty(len(models), 0)
+        teachers = client_models(self.base.download(server["base"], round_), uploads, env)
         counts = torch.stack(list(uploads.each("class_counts"))).cpu()
-        tuned, generator = self.fine_tune(env, server, base, (models, buffers), counts, round_)
+        tuned, generator = self.fine_tune(env, server, base, teachers, counts, round_)
         return server | {"base": base | tuned} | generator
 
     def fine_tune(
