@@ -118,7 +118,7 @@ def hidden_distance(mentor: Trace, mentee: Trace, projections: Sequence[Tensor])
     distance = torch.zeros((), device=mentor.logits.device)
     for number, (i, j) in enumerate(layer_pairs(len(mentor.hidden), len(mentee.hidden))):
         state = F.linear(mentee.hidden[j], projections[number]) if projections else mentee.hidden[j]
-        square = (mentor.hidden[i] - state).square().mean(dim=-1)  # [b] or [b, t]
+        square = (mentor.hidden[i].float() - state.float()).square().mean(dim=-1)  # [b] or [b, t]
         distance = distance + _mean(square, mentor.mask)
     return distance
 
@@ -131,7 +131,7 @@ def attention_distance(mentor: Trace, mentee: Trace) -> Tensor:
     distance = torch.zeros((), device=mentor.logits.device)
     both = None if mentor.mask is None else mentor.mask.unsqueeze(2) & mentor.mask.unsqueeze(1)  # [b, t, t]
     for i, j in layer_pairs(len(mentor.attention), len(mentee.attention)):
-        one, other = mentor.attention[i], mentee.attention[j]
+        one, other = mentor.attention[i].float(), mentee.attention[j].float()
         if one.shape[1] != other.shape[1]:
             one, other = one.mean(dim=1, keepdim=True), other.mean(dim=1, keepdim=True)
         distance = distance + _mean((one - other).square().mean(dim=1), both)

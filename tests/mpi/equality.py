@@ -48,6 +48,9 @@ def cases() -> dict[str, Job]:
         "fedavg, codec svd both ways": with_codecs(
             fedavg, {"down.model": "svd(energy=0.8)", "up.update": "svd(energy=0.7)"}
         ),
+        "fedkd, codec svd both ways": with_codecs(
+            rows["fedkd"], {"down.update": "svd(energy=0.8)", "up.update": "svd(energy=0.7)"}
+        ),
         "fedavg, codec powersgd": with_codecs(fedavg, {"up.update": "powersgd(rank=1, min_rate=1.0)"}),
         "scaffold, codec topk": with_codecs(
             scaffold, {"up.update": "topk(fraction=0.3)", "up.control_update": "topk(fraction=0.3)"}

@@ -158,8 +158,9 @@ def test_a_client_that_fails_is_in_step(tmp_path: Path) -> None:
 
         engine.phases = (type(train)(**(vars(train) | {"client": client})), *rest)
 
-    outcome = run(fedkd_job(codec=SVD, participation=1.0), tmp_path, 2, prepare=prepare)
+    outcome = run(fedkd_job(codec=SVD, participation=1.0, evaluate={"own": True}), tmp_path, 2, prepare=prepare)
     assert [row["replies"] for row in outcome.rows] == [5, 4, 5]
+    assert all(0 < row["accuracy_own"] <= 1 for row in outcome.rows)  # of the mentors, on samples of their own labels
     in_step(outcome)
 
 
@@ -278,6 +279,16 @@ def test_each_model_is_clipped_by_itself(tmp_path: Path) -> None:
         moved = (own(outcome, "mentor")[client] - env.initial(client)[0]).norm()
         assert 0.005 < moved <= 0.01 + 1e-6
     assert 0.001 < (outcome.server["model"] - env.initial()[0]).norm() <= 0.01 + 1e-6
+
+
+def test_in_bfloat16(tmp_path: Path) -> None:
+    """Close to what it is in float32, and not the same."""
+    local = {"steps": 4, "batch_size": 8, "lr": 0.1}
+    lower, full = (
+        run(fedkd_job(rounds=1, local=local | {"precision": precision}), tmp_path / precision).server["model"]
+        for precision in ("bfloat16", "float32")
+    )
+    assert 1e-5 < float((lower - full).norm() / full.norm()) < 2e-2
 
 
 def test_projections_are_the_clients_own(tmp_path: Path) -> None:
