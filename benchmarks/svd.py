@@ -1,6 +1,7 @@
 """The SVD codec beside truncation by `torch.linalg.svd`, over ResNet-18's layers, at equal rank and error.
 
 usage:  python benchmarks/svd.py [--energy 0.95] [--rounds 3] [--steps 10] [--repetitions 5] [--optimizer sgd]
+        python benchmarks/svd.py --ways [--energy 0.95] [--repetitions 5]
 
 The matrices are updates of local training, because their spectra decide about ranks: ResNet-18 with the stem for small
 images (11,173,962 parameters) on CIFAR-10, `steps` steps of SGD (learning rate 0.05) or Adam (0.001) with batches of 32
@@ -9,8 +10,11 @@ random images of ten classes take its place, and the output says so.
 
 By hand: for each matrix `torch.linalg.svd(A, full_matrices=False)`, the smallest rank whose energy is above T, and its
 factors (U_K, diag(sigma_K) V_K^T). The codec: `mpifed.codecs.lowrank.truncated` on all matrices of a shape together, as
-the codec calls it. One thread; processor time, which other work on the machine disturbs least; medians of repetitions
-that alternate. Required: the codec at least 5 times faster over all layers, ranks equal, and relative errors equal.
+the codec calls it. One thread; processor time, which other work on the machine disturbs least; medians of repetitions.
+Required: the codec at least 5 times faster over all layers, ranks equal, and relative errors equal.
+
+`--ways` compares instead, on matrices with singular values i^-decay, the three ways to find factors: the full
+decomposition, the Gram matrix, and the range finder (`-` where it finds that an eighth of the ranks is too few).
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mpifed.codecs.lowrank import Factors, truncated
+from mpifed.codecs.lowrank import RANGE_FINDER_SHARE, Factors, _by_gram, _by_range_finder, truncated
 from mpifed.codecs.parts import parts
 from mpifed.codecs.svd import Svd
 from mpifed.data.source import Source
@@ -109,6 +113,30 @@ def ranks(factors: list[Factors | None]) -> str:
     return ", ".join([*(["-".join(map(str, dict.fromkeys([known[0], known[-1]])))] if known else []), *words])
 
 
+def ways(energy: float, repetitions: int) -> None:
+    """Print a line for each shape and spectrum."""
+    print(f"singular values i^-decay, T = {energy}; CPU ms\n")
+    print("| matrix | decay | rank | by range finder | torch.linalg.svd | Gram | range finder |")
+    print("|---|---|---|---|---|---|---|")
+    for rows, columns in ((512, 512), (512, 4608), (768, 768), (768, 3072), (1024, 4096)):
+        generator = torch.Generator().manual_seed(0)
+        left = torch.linalg.qr(torch.randn(rows, rows, generator=generator)).Q
+        right = torch.linalg.qr(torch.randn(columns, rows, generator=generator)).Q
+        for decay in (0.7, 1.0, 1.5):
+            matrix = left * torch.arange(1.0, rows + 1) ** -decay @ right.T
+            few = int(rows * RANGE_FINDER_SHARE)
+            (exact,), found = _by_gram(matrix[None], energy, 1, rows), _by_range_finder(matrix, energy, 1, few)
+            assert exact is not None
+            times = [
+                timed(lambda m=matrix: by_hand(m[None], energy), min(repetitions, 3)),
+                timed(lambda m=matrix: _by_gram(m[None], energy, 1, len(m)), repetitions),
+                timed(lambda m=matrix, few=few: _by_range_finder(m, energy, 1, few), repetitions),
+            ]
+            cells = [f"{rows} x {columns}", f"{decay}", f"{exact[0].shape[1]}"]
+            cells += ["-" if found is None else f"{found[0].shape[1]}", *(f"{time:.1f}" for time in times)]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--energy", type=float, default=0.95)
@@ -116,8 +144,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--optimizer", choices=["sgd", "adam"], default="sgd")
+    parser.add_argument("--ways", action="store_true", help="compare ways to find factors instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.ways:
+        ways(arguments.energy, arguments.repetitions)
+        return 0
     name, update, layout = last_update(arguments.rounds, arguments.steps, arguments.optimizer)
     shapes: dict[tuple[int, int], list[Tensor]] = {}
     for part in parts((layout.size,), layout):

@@ -8,8 +8,8 @@ below 3e-4 sigma_1 alone: the energy is exact to about 1e-6, and above a share o
 
 Of large matrices the eigenvectors cost most (n^3). Where few are enough, an adaptive randomised range finder (Halko,
 Martinsson, Tropp, SIAM Review 2011, arXiv 0909.4061, Algorithms 4.2 and 4.4 by blocks) is faster: it widens a basis Q
-until ||Q^T A||^2, which is the energy that it captures, suffices. `RANGE_FINDER_FROM` and `RANGE_FINDER_SHARE` say when
-it is tried; where it finds that too many columns would be needed, the Gram matrix is computed after all.
+until ||Q^T A||^2, which is the energy that it captures, suffices. The constants below say when it is tried; where it
+finds that too many columns would be needed, the Gram matrix is computed after all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from torch import Tensor
 EXACT_FROM = 0.999
 """Share of the energy from which Gram matrices are computed in float64."""
 
-RANGE_FINDER_FROM = 768
+RANGE_FINDER_FROM = 512
 """Short side from which few ranks are looked for by the range finder first."""
+
+RANGE_FINDER_LENGTH = 4
+"""Largest N / n at which they are: in longer matrices eigenvectors are the smaller part of the work."""
 
 RANGE_FINDER_SHARE = 1 / 8
 """Ranks, as a share of the short side, above which it is not faster."""
@@ -84,9 +87,10 @@ def truncated(matrices: Tensor, energy: float, floor: float = 0.0) -> list[Facto
 
 def _factored(wide: Tensor, energy: float, least: int, most: int) -> list[Pair | None]:
     """Of `[m, n, N]`: U_K `[n, K]` and U_K^T A `[K, N]` for each, None where K is above `most`; the fastest way."""
-    n = wide.shape[1]
+    n, columns = wide.shape[1:]
     few = int(n * RANGE_FINDER_SHARE)
-    if n < RANGE_FINDER_FROM or wide.dtype == torch.float64 or least > few:
+    long = columns > RANGE_FINDER_LENGTH * n
+    if n < RANGE_FINDER_FROM or long or wide.dtype == torch.float64 or least > few:
         return _by_gram(wide, energy, least, most)
     pairs: list[Pair | None] = []
     for matrix in wide:
