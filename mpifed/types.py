@@ -54,6 +54,17 @@ class DataSpec:
         std = torch.tensor(self.std, device=x.device).view(shape)
         return x.to(torch.float32).div_(255.0).sub_(mean).div_(std)
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """Model input that was made of uint8 pixels -> these, exactly. Raises ValueError where it was not."""
+        shape = (1, len(self.mean)) + (1,) * (len(self.input_shape) - 1)
+        mean = torch.tensor(self.mean, device=x.device).view(shape)
+        std = torch.tensor(self.std, device=x.device).view(shape)
+        values = (x * std + mean) * 255.0
+        pixels = values.round()
+        if ((values - pixels).abs() > 0.01).any() or (pixels < 0).any() or (pixels > 255).any():
+            raise ValueError("the samples are no pixels of 8 bit")
+        return pixels.to(torch.uint8)
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,25 @@ def fd_broadcast(sizes: Sizes, round_: int) -> dict[str, int]:
     return up | {"down.sums": up["up.outputs"], "down.totals": up["up.counts"]}
 
 
+def faug(of_base: Callable[[Sizes, int], dict[str, int]]) -> Callable[[Sizes, int], dict[str, int]]:
+    """FAug: in round 1 the generator down to all clients, the labels of the seeds and the extent of their values.
+
+    Its layers: noise 3 -> 256 -> 512 -> 1024 -> inputs, batch normalisations of 2 + 2, an embedding of the labels. The
+    seeds are `FAUG_SEEDS` of the 120 samples: of each client's labels with fewer than half an equal share.
+    """
+
+    def formula(sizes: Sizes, round_: int) -> dict[str, int]:
+        if round_ > 1:
+            return of_base(sizes, round_)
+        widths = (3, 256, 512, 1024, SHAPE[0])
+        generator = sum(a * b + b for a, b in pairwise(widths)) + 4 * sum(widths[1:-1]) + sizes.classes * widths[0]
+        down = {"down.generator": 4 * generator, "down.seed_labels": sizes.classes, "down.extent": 8}
+        up = {"up.seeds": 4 * SHAPE[0] * FAUG_SEEDS, "up.seed_labels": 2 * FAUG_SEEDS}
+        return {kind: size * sizes.clients for kind, size in down.items()} | up | of_base(sizes, round_)
+
+    return formula
+
+
 def feddistill(counts: bool) -> Callable[[Sizes, int], dict[str, int]]:
     """FedDistill: the same, but nothing down in round 1."""
 
@@ -234,6 +254,9 @@ PUBLIC: dict[str, Any] = DATA | {
 }
 """The same with a public set, of the same classes."""
 
+FAUG: dict[str, Any] = {"name": "faug", "stored": "float32", "few": 0.5, "steps": 2, "batch_size": 4, "noise": 3}
+FAUG_SEEDS = 11
+
 LOCAL: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.1, "momentum": 0.5}
 ADAM: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.01, "optimizer": "adam"}
 STEPS: dict[str, Any] = {"steps": 4, "batch_size": 8, "lr": 0.1, "momentum": 0.5}
@@ -281,6 +304,14 @@ ROWS: tuple[Row, ...] = (
         fd_broadcast,
         stateful=True,
         evaluates="clients",
+    ),
+    Row("faug-fd", FAUG | {"base": "fd"}, faug(fd(True)), stateful=True, evaluates="clients"),
+    Row(
+        "faug-fedavg",
+        FAUG | {"base": "fedavg"},
+        faug(model_both_ways),
+        stateful=True,
+        tree_tolerance=1e-4,  # more samples, so more steps that magnify what is rounding
     ),
     Row("feddistill", {"name": "feddistill"}, feddistill(False), stateful=True, evaluates="clients"),
     Row(

@@ -7,6 +7,7 @@ ALGORITHMS: dict[str, str] = {
     "feddyn": "mpifed.algorithms.feddyn:FedDyn",
     "fedftg": "mpifed.algorithms.fedftg:FedFTG",
     "fd": "mpifed.algorithms.fd:FD",
+    "faug": "mpifed.algorithms.faug:FAug",
     "feddistill": "mpifed.algorithms.feddistill:FedDistill",
     "feddistill_plus": "mpifed.algorithms.feddistill:FedDistillPlus",
     "fedkd": "mpifed.algorithms.fedkd:FedKD",

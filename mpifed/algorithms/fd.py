@@ -38,8 +38,8 @@ class FD(Algorithm):
 
     variant: Literal["recommended", "paper"] = "recommended"
     """Sets `denominator` and `counts` where they are not given."""
-    weight: Annotated[float, Range(ge=0)] = 0.1
-    """gamma, the weight of the distillation; the paper does not give its value. 0 is training alone."""
+    weight: Annotated[float, Range(ge=0)] = 1.0
+    """gamma, the weight of the distillation. The paper does not give its value; 0 is training alone."""
     average: Output = "probs"
     """What is averaged: `probs`, softmax outputs (the paper), or raw `logits`, turned into a target by a softmax."""
     teacher: Literal["leave_one_out", "global_mean"] = "leave_one_out"
