@@ -296,8 +296,8 @@ ROWS: tuple[Row, ...] = (
         sends_statistics=True,
         tree_tolerance=1e-2,  # Adam makes steps of what is rounding, as of a bias before a batch normalisation
     ),
-    Row("fd", {"name": "fd", "weight": 0.5}, fd(True), stateful=True, evaluates="clients"),
-    Row("fd-paper", {"name": "fd", "variant": "paper"}, fd(False), stateful=True, evaluates="clients"),
+    Row("fd", {"name": "fd", "weight": 0.1}, fd(True), stateful=True, evaluates="clients"),
+    Row("fd-paper", {"name": "fd", "variant": "paper", "weight": 0.1}, fd(False), stateful=True, evaluates="clients"),
     Row(
         "fd-broadcast",
         {"name": "fd", "exchange": "broadcast", "weighting": "count", "average": "logits", "loss": "kl"},
@@ -305,7 +305,7 @@ ROWS: tuple[Row, ...] = (
         stateful=True,
         evaluates="clients",
     ),
-    Row("faug-fd", FAUG | {"base": "fd"}, faug(fd(True)), stateful=True, evaluates="clients"),
+    Row("faug-fd", FAUG | {"base": {"name": "fd", "weight": 0.1}}, faug(fd(True)), stateful=True, evaluates="clients"),
     Row(
         "faug-fedavg",
         FAUG | {"base": "fedavg"},
