@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,7 @@ from mpifed.federation.env import Context
 from mpifed.federation.federation import Federation
 from mpifed.federation.roster import Assignment
 from mpifed.federation.store import ClientStore
+from mpifed.federation.turns import Turns
 from mpifed.guard import StopSignal
 from mpifed.learning.evaluate import Evaluation, evaluate
 from mpifed.records import Records, Report
@@ -79,6 +80,7 @@ class Engine:
         checkpoints: Checkpoints,
         store: ClientStore,
         stop: StopSignal | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.federation = federation
         self.job = federation.job
@@ -92,6 +94,7 @@ class Engine:
         self.records = Records()
         self.round = 0  # rounds done
         self._stop = stop or StopSignal()
+        self.turns = turns or Turns.none(self.comm)
         self.row_done: Callable[[dict[str, Any]], None] = lambda row: None
         self._open: dict[str, Any] | None = None  # the last round's row, until it is evaluated
         self._clock = Clock()
@@ -200,7 +203,7 @@ class Engine:
         said: dict[int, str] = {}
         numbers: dict[int, dict[str, float]] = {}
         with self._clock.time("train"):
-            for client in dealt.by_rank[rank]:
+            for client in self.turns.each(dealt, partial(self._clock.time, "wait")):
                 kept = self.store.get(client) or {}
                 reach("client.before", round_, rank)
                 try:

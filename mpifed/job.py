@@ -22,7 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mpifed.component import accepts, bind, explain, resolve, unknown_key
 from mpifed.errors import BadInput
 
-UNHASHED = ("out", "data.root", "data.download", "device", "round_timeout", "client_state_mb", "checkpoint")
+UNHASHED = ("out", "data.root", "data.download", "device", "turns", "round_timeout", "client_state_mb", "checkpoint")
 """Keys and tables that say where, and how safely, a run is computed: they are left out of `Job.sha256`."""
 
 DEFAULT_JOB = """\
@@ -431,6 +431,10 @@ class Job(_Table):
     )
     min_replies: int = Field(default=1, ge=1, description="With fewer usable replies in a round the run stops.")
     threads: int = Field(default=1, ge=1, description="Threads of torch on each rank.")
+    turns: Literal["auto", "off"] = Field(
+        default="auto",
+        description="`auto`: on a node with more ranks than cores, as many clients train at a time as cores allow.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` takes a GPU where there is one.")
     round_timeout: float = Field(
         default=3600.0, gt=0, description="Seconds after which a round counts as hung and the run ends."

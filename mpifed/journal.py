@@ -40,6 +40,12 @@ class Journal:
             lines.append(
                 f"mpifed: {idle} of {comm.size} ranks have no client to train; use fewer ranks or more clients"
             )
+        turns = self._engine.turns
+        if turns.tokens:
+            lines.append(
+                f"mpifed: {turns.training} ranks train in {turns.tokens} turn{'s' * (turns.tokens > 1)} on a node, "
+                "as many as it has cores for (turns)"
+            )
         if not self._federation.env.shared_buffers and self._federation.env.model().buffer_layout.size:
             lines.append('mpifed: model.buffers = "local": the model is tested with its initial running statistics')
         if self._engine.round:

@@ -23,6 +23,7 @@ from mpifed.output import say
 
 if TYPE_CHECKING:
     from mpifed.federation.federation import Federation
+    from mpifed.federation.turns import Turns
     from mpifed.job import Job
     from mpifed.storage.run_folder import RunFolder
 
@@ -171,7 +172,8 @@ def _train(federation: Federation, resumed: RunFolder | None, resume: bool, stop
         say(f"mpifed: {folder.path} has no checkpoint yet; the run starts again at round 1\n", sys.stderr)
     on_every_rank(comm, lambda: None if resumed is None else _renew(resumed, job))
     store = ClientStore(job.client_state_mb * 1_000_000, folder.scratch / f"rank_{comm.rank:04d}")
-    engine = Engine(federation, checkpoints, store, stop)
+    turns = _turns(federation)
+    engine = Engine(federation, checkpoints, store, stop, turns)
     if found is None:
         engine.begin()
     else:
@@ -181,9 +183,25 @@ def _train(federation: Federation, resumed: RunFolder | None, resume: bool, stop
     if journal is not None:
         journal.close(finished)
     store.close()
+    turns.close()
     comm.barrier()  # polled, where the other ranks' MPI_Finalize would burn their cores while rank 0 finishes
     watchdog.stop()
     return COMPLETE if finished else REQUEUE
+
+
+def _turns(federation: Federation) -> Turns:
+    """Who waits for whom on a node with more training ranks than cores."""
+    from mpifed.federation.turns import Turns
+
+    job, roster = federation.job, federation.roster
+    if job.turns == "off":
+        return Turns.none(federation.comm)
+
+    def cost(client: int) -> float:
+        return roster.examples[client] if job.local.steps is None else job.local.steps
+
+    on_cores = federation.env.device.type == "cpu"
+    return Turns.agree(federation.comm, federation.hosts, roster.hosts, on_cores, job.threads, cost)
 
 
 def _folder(federation: Federation, resumed: RunFolder | None) -> RunFolder:

@@ -1,8 +1,8 @@
 """MPI through mpi4py: the only importer of mpi4py.
 
 A rank that waits polls a non-blocking collective and sleeps in between, a twentieth of what it has waited, from 50 us
-up to 2 ms and, after a second, up to 5 ms, so that it leaves its core to the ranks that compute, whatever the MPI
-library and its settings.
+up to 2 ms and, after a quarter of a second, up to 5 ms, so that it leaves its core to the ranks that compute, whatever
+the MPI library and its settings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mpifed.errors import BadInput
 SHORTEST_SLEEP = 50e-6  # seconds
 LONGEST_SLEEP = 5e-3
 LONGEST_SLEEP_AT_FIRST = 2e-3
-AT_FIRST = 1.0
+AT_FIRST = 0.25
 
 REDUCED_BYTES = 4 << 20
 """Bytes that one blocking reduction adds: longer ones leave the caches (three times slower with MPICH)."""

@@ -471,6 +471,7 @@ UNHASHED_CHANGES = [
     "data.root=elsewhere",
     "data.download=true",
     "device=cpu",
+    "turns=off",
     "round_timeout=5",
     "client_state_mb=1",
     "checkpoint.every_rounds=9",
