@@ -48,6 +48,9 @@ class Communicator(ABC):
     chunk_bytes = 1 << 30
     """Most bytes of one MPI call: element counts stay below 2^31 on every library."""
 
+    handle = 0
+    """Address of the MPI library's handle of all ranks; 0 where the ranks are threads of one process."""
+
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size

