@@ -34,7 +34,7 @@ RANGE_FINDER_SHARE = 1 / 8
 """Ranks, as a share of the short side, above which it is not faster."""
 
 _BLOCK = 32  # columns by which its basis is widened
-_SPARE = 8
+_SPARE = 8  # columns beyond the rank, without which the last directions would be poor
 _SAFE = 1e-12, 1e12  # largest magnitudes between which float32's squares neither vanish nor overflow
 _GRAM_BLOCK = 128
 
