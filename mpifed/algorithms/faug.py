@@ -62,9 +62,9 @@ class FAug(Algorithm):
     stored: Literal["uint8", "float32"] = "uint8"
     """As what samples travel and are kept: pixels of 8 bit (the paper), or the model's input, for data that is no
     images."""
-    steps: Count = 3000
+    steps: Count = 1000
     """Steps of the generator and of the discriminator."""
-    batch_size: Count = 64
+    batch_size: Count = 32
     lr: Annotated[float, Range(gt=0)] = 2e-4
     noise: Count = 100
     """Length of the generator's noise."""

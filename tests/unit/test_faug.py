@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +111,22 @@ def test_target_labels_are_topped_up_to_the_level_of_the_others(tmp_path: Path) 
     assert row["generated"] > 3 * 10
 
 
-def test_a_label_that_a_device_has_none_of_is_topped_up_too(tmp_path: Path) -> None:
-    """Where another device sent seeds of it."""
-    data = json.loads(on_digits(FEW).canonical())["data"]
-    data["partition"] = {"name": "target_labels", "samples": 200, "targets": 2, "kept": 1}
-    job = job_of(FEW, model=DIGITS["model"], data=data, rounds=1, participation=1.0)
-    outcome = run(job, tmp_path)
-    assert len(outcome.clients) == 5
-    known = [ctx.label_counts for ctx in contexts(job)]
-    assert all(len(record["state"]["labels"]) for record in outcome.clients.values()) and len(known) == 5
-    ctx = contexts(job)[0]
+def test_a_label_that_a_device_has_none_of_is_topped_up_too() -> None:
+    """Where another device sent seeds of it, which the download says; and not where nobody did."""
+    job = on_digits(FEW)
+    ctx, algorithm = contexts(job)[0], FAug(few=0.2)
+    missing, unknown = (int(label) for label in ctx.label_counts.topk(2).indices)
     ctx.label_counts = ctx.label_counts.clone()
-    ctx.label_counts[int(ctx.label_counts.argmax())] = 0
-    targets, _ = FAug(few=0.2).targets(ctx)
-    assert int(targets.sum()) == 3
+    ctx.label_counts[[missing, unknown]] = 0
+    generator = algorithm.generator(ctx.env)
+    known = torch.ones(10, dtype=torch.uint8)
+    known[unknown] = 0
+    down = {"generator": torch.cat([generator.parameters, generator.buffers]), "seed_labels": known}
+    state, _ = algorithm.augment({"base": {}}, down, ctx)
+    made = torch.bincount(state["labels"], minlength=10)
+    level = round(float(ctx.label_counts[ctx.label_counts > 2].double().mean()))
+    assert int(made[missing]) == level and int(made[unknown]) == 0
+    assert int(made.sum()) == level + 3 * (level - 2)
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
