@@ -18,6 +18,7 @@ arXiv:1910.03581 (`per_class`).
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -244,6 +245,7 @@ def fedgen(
     min_size: Annotated[int, Field(ge=1)] = 10,
     unknown_test: bool = False,
     max_retries: Annotated[int, Field(ge=1)] = 1000,
+    script_seed: Annotated[int, Field(ge=0)] | None = None,
 ) -> Partition:
     """The split of FedGen's published code: `dirichlet` on a part of the data, and a test set for every client.
 
@@ -252,6 +254,9 @@ def fedgen(
     one client's, so MNIST at 0.5 with 20 clients uses 1,500 of each digit, 15,000 in all. A client's test set is
     floor(n / clients) of the n test samples of every label it trains on (`unknown_test`: of every label). The authors
     repeat the draw until the smallest client has 10 samples (MNIST) or 260 (EMNIST, 26 labels).
+
+    With `script_seed` it is what their script for MNIST makes with that seed (42, in the script), sample by sample,
+    whatever the job's seed: from Python's and numpy's old generators, drawn from in the script's order.
     """
     classes, class_sizes = np.unique(labels, return_counts=True)
     quota = sampling_ratio * len(labels) / clients
@@ -261,17 +266,24 @@ def fedgen(
             f"data.partition.sampling_ratio = {sampling_ratio} leaves {used.sum()} of {len(labels)} samples, too few "
             f"for {clients} clients of at least {min_size} (data.partition.min_size); raise it or use fewer clients"
         )
-    counts = _share_classes(used, clients, rng, alpha, quota, min_size, max_retries)
-    train = _deal(labels, classes, counts, rng).train
+    if script_seed is None:
+        counts = _share_classes(used, clients, rng, alpha, quota, min_size, max_retries)
+        train = _deal(labels, classes, counts, rng).train
+    else:
+        counts, train = _fedgen_script(labels, classes, used, clients, script_seed, alpha, quota, min_size, max_retries)
     if test_labels is None:
         return Partition(train)
     slices: list[list[np.ndarray]] = [[] for _ in range(clients)]
     for label, row in zip(classes, counts, strict=True):
-        order = rng.permutation(np.flatnonzero(test_labels == label))
+        order = np.flatnonzero(test_labels == label)
         size = len(order) // clients
-        for client in range(clients):
-            if unknown_test or row[client] > 0:
-                slices[client].append(order[client * size : (client + 1) * size])
+        holders = [client for client in range(clients) if unknown_test or row[client] > 0]
+        if script_seed is None:
+            order, places = rng.permutation(order), holders
+        else:
+            places = list(range(len(holders)))
+        for client, place in zip(holders, places, strict=True):
+            slices[client].append(order[place * size : (place + 1) * size])
     test = [np.concatenate(parts) for parts in slices]
     if min(map(len, test)) == 0:
         raise BadInput(
@@ -279,6 +291,40 @@ def fedgen(
             "clients one of a label it trains on; use fewer clients"
         )
     return Partition(train, _partition(test).train)
+
+
+def _fedgen_script(
+    labels: np.ndarray,
+    classes: np.ndarray,
+    used: np.ndarray,
+    clients: int,
+    seed: int,
+    alpha: float,
+    quota: float,
+    min_size: int,
+    max_retries: int,
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Numbers `[classes, clients]` and samples of every client, as the script draws them: classes in an order of their
+    own, and for each a shuffle of its samples and then the clients' shares, all again with every new try."""
+    random_order = list(range(len(classes)))
+    random.Random(seed).shuffle(random_order)
+    old = np.random.RandomState(seed)
+    for _ in range(max_retries):
+        counts = np.zeros((len(classes), clients), dtype=np.int64)
+        parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        for row in random_order:
+            samples = old.permutation(np.flatnonzero(labels == classes[row]))[: used[row]]
+            share = old.dirichlet(np.repeat(alpha, clients)) * (counts.sum(axis=0) < quota)
+            edges = (np.cumsum(share / share.sum()) * used[row]).astype(np.int64)[:-1]
+            for client, part in enumerate(np.split(samples, edges)):
+                parts[client].append(part)
+                counts[row, client] = len(part)
+        if counts.sum(axis=0).min() >= min_size:
+            return counts, _partition([np.concatenate(part) for part in parts]).train
+    raise BadInput(
+        f"data.partition.script_seed = {seed} gives no client fewer than data.partition.min_size = {min_size} samples "
+        f"in none of data.partition.max_retries = {max_retries} draws; leave it out, or lower min_size"
+    )
 
 
 def dirichlet_prior(

@@ -296,6 +296,27 @@ def test_fedgen_on_mnist(alpha: float) -> None:
     assert len(np.unique(tested)) == len(tested)
 
 
+MNIST_TRAIN = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+MNIST_TEST = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "tested", "first"),
+    [(0.05, 3525, [1455, 2317, 489, 410]), (0.1, 5307, [215, 1122, 340, 673]), (1.0, 9764, [751, 768, 888, 1187])],
+)
+def test_fedgen_as_the_script_has_it(alpha: float, tested: int, first: list[int]) -> None:
+    """With its seed 42 the script leaves 5,307 test images at alpha 0.1, whatever the job's seed."""
+    labels, test_labels = (np.repeat(np.arange(10), sizes) for sizes in (MNIST_TRAIN, MNIST_TEST))
+    made = [partitions.fedgen(labels, 20, rng(s), test_labels, alpha=alpha, script_seed=42) for s in (0, 1)]
+    assert made[0].sha256 == made[1].sha256
+    train, test = made[0].train, made[0].test
+    assert [len(mine) for mine in train[:4]] == first and sum(map(len, train)) == 15_000
+    assert test is not None and sum(map(len, test)) == tested
+    for mine, tests in zip(train, test, strict=True):
+        assert set(labels[mine]) == set(test_labels[tests])
+    assert len(np.unique(np.concatenate(test))) == tested
+
+
 def test_fedgen_on_emnist_letters() -> None:
     """Ratio 0.1, 20 users, 26 x 4800 = 124,800: quota 624, min(624, floor(0.1 x 4800)) = 480 a class, 12,480 in all."""
     labels = np.repeat(np.arange(26), 4800)
