@@ -47,7 +47,9 @@ class Journal:
                 "as many as it has cores for (turns)"
             )
         if not self._federation.env.shared_buffers and self._federation.env.model().buffer_layout.size:
-            lines.append('mpifed: model.buffers = "local": the model is tested with its initial running statistics')
+            lines.append(
+                'mpifed: model.buffers = "local": the model is tested with its initial running statistics; see "both"'
+            )
         if self._engine.round:
             lines.append(f"resumed after round {self._engine.round} of {job.rounds}")
         say("\n".join(lines) + "\n", sys.stdout)

@@ -71,7 +71,7 @@ class ToyEnv:
         self.seed, self.rounds, self.clients = seed, rounds, clients
         self.spec = DataSpec((1,), 3)
         self.device = torch.device("cpu")
-        self.shared_buffers = True
+        self.shared_buffers, self.own_buffers = True, False
         self.local = LocalTraining()
         self.transfer = None
         self.public = None

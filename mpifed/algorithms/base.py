@@ -155,7 +155,8 @@ class Env(Protocol):
     clients: int
     spec: DataSpec
     device: torch.device
-    shared_buffers: bool  # running statistics are averaged with the weights (`model.buffers = "average"`)
+    shared_buffers: bool  # running statistics reach the server and are averaged (`model.buffers` is not "local")
+    own_buffers: bool  # a client goes on with its own running statistics, whatever it is sent (not "average")
     local: Any  # the job's [local] (mpifed.job.LocalTraining)
     transfer: Any  # the job's [transfer] (mpifed.job.Transfer), or None
 
@@ -324,12 +325,12 @@ class Algorithm:
         """What a client would use now, having been sent `down` (of the round's first phase) and before it trains.
 
         For `evaluate.own`, which tests it on every client's own test samples, of absent clients too. The model that was
-        sent, with the client's own running statistics where those are not shared.
+        sent, with the client's own running statistics where it keeps some.
         """
         if "model" not in down:
             return self.client_predictor(state, env, client)
-        own = state.get("buffers")
-        return down["model"], down.get("buffers", env.initial(client)[1] if own is None else own)
+        own: Tensor = state.get("buffers", env.initial(client)[1])
+        return down["model"], own if env.own_buffers else down.get("buffers", own)
 
     def client_predictor(self, state: State, env: Env, client: int) -> tuple[Tensor, Tensor]:
         """The same for a client's own model, where `evaluates` is `"clients"`."""

@@ -69,16 +69,14 @@ class FedAvg(Algorithm):
         return state, Reply(self.update(down, ctx), weight=ctx.examples)
 
     def train(self, state: State, down: Payload, ctx: ClientContext, **options: Any) -> tuple[State, Trained]:
-        """Local training from the downloaded model; buffers that are not averaged stay in the client's state.
+        """Local training from the downloaded model; running statistics that a client keeps stay in its state.
 
         `options` are further ones of `local_training`: a variant's `loss`, say.
         """
-        own_buffers = state.get("buffers")
-        if own_buffers is None and "buffers" not in down and ctx.model.buffers.numel():
-            own_buffers = ctx.env.initial()[1]
-        ctx.model.load(down["model"], down.get("buffers", own_buffers))
+        keeps = ctx.model.buffers.numel() > 0 and (ctx.env.own_buffers or "buffers" not in down)
+        ctx.model.load(down["model"], state.get("buffers", ctx.env.initial()[1]) if keeps else down.get("buffers"))
         trained = local_training(ctx, self.correction(state, down, ctx), **options)
-        if "buffers" not in down and ctx.model.buffers.numel():
+        if keeps:
             state = state | {"buffers": ctx.model.buffers.clone()}
         return state, trained
 

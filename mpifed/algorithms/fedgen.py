@@ -10,7 +10,8 @@ Paper and code differ in almost every term, and the published gains cannot be ti
 sets every switch to the paper's or (the default) the code's meaning, and a switch that is given wins. Left out of the
 code: batches sorted by class in the published version, a learning rate that depends on when a client last took part,
 the union of all clients' labels known beforehand (here the labels that were uploaded so far), and running statistics of
-batch normalisation that never reach the server (`model.buffers = "local"` is that).
+batch normalisation that never reach the server (`model.buffers = "local"`; with "both" they are averaged besides, so
+that the server's model can be tested).
 """
 
 from __future__ import annotations

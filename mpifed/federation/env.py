@@ -32,7 +32,8 @@ class RunEnv:
         self.clients = clients
         self.spec = spec
         self.device = device
-        self.shared_buffers = job.model.buffers == "average"
+        self.shared_buffers = job.model.buffers != "local"
+        self.own_buffers = job.model.buffers != "average"
         self.local = job.local
         self.transfer = job.transfer
         self.public = public

@@ -191,7 +191,7 @@ def _check_head(job: Job, model: Model) -> None:
 
 def _kept_beside(job: Job, algorithm: Algorithm, env: RunEnv) -> bool:
     """Clients keep something that is not the algorithm's: their own running statistics, or a codec's memory."""
-    if not env.shared_buffers and env.model().buffer_layout.size > 0:
+    if env.own_buffers and env.model().buffer_layout.size > 0:
         return True
     names = dict.fromkeys(name for direction, name in field_names(algorithm.phases(env)) if direction == "up")
     return any(_codec(job.codec_of("up", name), f"codec.up.{name}").stateful for name in names)

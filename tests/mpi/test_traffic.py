@@ -23,8 +23,9 @@ CLIENTS = 10
 def default_job(
     reduction: str, ranks: int, folder: Path, *overrides: str
 ) -> tuple[list[list[str]], dict[str, tuple[int, int, int]]]:
-    """By rank the collectives of three rounds in order; and (logical, sent, received) bytes of round 1 by kind."""
-    job = load(None, ["rounds=3", "checkpoint.every_rounds=0", "local.epochs=1", f"reduce={reduction}", *overrides])
+    """FedAvg: by rank the collectives of three rounds in order; (logical, sent, received) bytes of round 1 by kind."""
+    changes = ["algorithm.name=fedavg", "rounds=3", "checkpoint.every_rounds=0", "local.epochs=1"]
+    job = load(None, [*changes, f"reduce={reduction}", *overrides])
 
     def main(comm: Communicator) -> tuple[list[str], dict[str, tuple[int, int, int]]]:
         engine = engine_of(job, comm, folder)

@@ -190,6 +190,30 @@ def test_running_statistics_of_ones_own(row: Row, tmp_path: Path) -> None:
         assert any(name.endswith("buffers") for name, _ in leaves(outcomes[0].clients[client]["state"]))
 
 
+def test_running_statistics_of_ones_own_and_averaged(tmp_path: Path) -> None:
+    """Training mode does not look at running statistics: models are alike bit for bit, whatever becomes of those.
+
+    With `both` the clients' are those of `local`, and are averaged at the server besides.
+    """
+
+    def outcome(buffers: str, **changes: Any) -> Outcome:
+        model = {"name": "tests.algorithm_table:model", "buffers": buffers}
+        job = job_of({"name": "fedavg"}, model=model, evaluate={"own": True}, **changes)
+        return run(job, tmp_path / f"{buffers}{len(changes)}", 2)
+
+    average, local, both = map(outcome, ("average", "local", "both"))
+    assert torch.equal(average.server["model"], local.server["model"])
+    assert torch.equal(average.server["model"], both.server["model"])
+    assert_same_bits(
+        flat({str(c): s for c, s in both.clients.items()}), flat({str(c): s for c, s in local.clients.items()})
+    )
+    assert [row["accuracy_own"] for row in both.rows] == [row["accuracy_own"] for row in local.rows]
+    assert both.logical() == average.logical()
+    # after round 1, from the same start, the means are the same
+    one, other = (outcome(buffers, rounds=1).server["buffers"] for buffers in ("average", "both"))
+    assert torch.equal(one, other)
+
+
 # --- identities -------------------------------------------------------------------------------------------------------
 def same_run(one: Any, other: Any, folder: Path, **changes: Any) -> tuple[Outcome, Outcome]:
     """The outcomes of two `[algorithm]` tables in one job."""
