@@ -92,6 +92,7 @@ def talk(comm: Communicator, reduction: Literal["ordered", "tree"], codec: str) 
             "own": {client: {name: bits(value) for name, value in rows.items()} for client, rows in own.items()},
             "logical": sizes | known.logical,
             "answered": known.clients,
+            "gave": bool(outgoing),
             "server": None if received is None else seen_by_the_server(received),
         }
     return had | {"traffic": comm.traffic.take()}
@@ -154,17 +155,26 @@ def tree_half(comm: Communicator) -> None:
 
 def what_is_sent_arrives(comm: Communicator) -> None:
     """MPI bytes by kind. Uploads and own rows: all ranks together send what rank 0 receives, or the reverse, which are
-    the logical bytes; but of an exact sum every rank sends one vector in float64, and rank 0 receives one. Shared
-    fields: rank 0 sends one payload, however many clients there are, and each other rank receives it."""
+    the logical bytes; but of an exact sum one vector in float64 is sent by each rank that has replies or, where these
+    are many, by every rank to receive one. Shared fields: rank 0 sends one payload, however many clients there are, and
+    each other rank receives it."""
     had = talk(comm, "ordered", "identity")
-    everybody = comm.gather_bytes(json.dumps(had["traffic"]).encode())
+    gave = [round_ for round_ in ("round 1", "round 2") if had[round_]["gave"]]
+    everybody = comm.gather_bytes(json.dumps([*had["traffic"], gave]).encode())
     if everybody is None:
         return
-    sent, received = zip(*(json.loads(traffic) for traffic in everybody), strict=True)
+    sent, received, gives_of_rank = zip(*(json.loads(traffic) for traffic in everybody), strict=True)
     rounds = ("round 1", "round 2")
     vector = 8 * (collection.EXACT_ELEMENTS + 1)
-    assert [rank["train/up/long"] for rank in sent] == [len(rounds) * vector] * comm.size
-    assert [rank.get("train/up/long", 0) for rank in received] == [len(rounds) * vector] + [0] * (comm.size - 1)
+    gives, expected = [0] * comm.size, 0
+    for round_ in rounds:
+        ranks = [rank for rank, gave in enumerate(gives_of_rank) if round_ in gave]
+        gathered = len(ranks) <= collection.GATHERED_RANKS
+        for rank in ranks if gathered else range(comm.size):
+            gives[rank] += vector
+        expected += vector * len(ranks) if gathered else vector
+    assert [rank.get("train/up/long", 0) for rank in sent] == gives
+    assert [rank.get("train/up/long", 0) for rank in received] == [expected] + [0] * (comm.size - 1)
     for name in UP.keys() - {"long"}:
         kind, logical = f"train/up/{name}", sum(sum(had[r]["logical"]["up", name].values()) for r in rounds)
         assert sum(rank.get(kind, 0) for rank in sent) == logical

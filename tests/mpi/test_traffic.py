@@ -75,8 +75,15 @@ def test_bytes_of_a_round(
     }
 
 
-@pytest.mark.parametrize(("reduction", "itemsize"), [("ordered", 8), ("tree", 4)])
-def test_a_long_model_arrives_as_one_vector(reduction: str, itemsize: int, tmp_path: Path) -> None:
-    """300 hidden units: 64 * 300 + 300 + 300 * 10 + 10 = 22,510 parameters, added on each of three ranks before."""
-    _, totals = default_job(reduction, 3, tmp_path, "model.hidden=[300]")
-    assert totals["up.update"] == (CLIENTS * 22_510 * 4, 3 * 22_510 * itemsize, 22_510 * itemsize)
+@pytest.mark.parametrize(
+    ("reduction", "ranks", "itemsize", "sent", "received"),
+    [("ordered", 3, 8, 2, 2), ("ordered", 5, 8, 4, 4), ("ordered", 6, 8, 6, 1), ("tree", 3, 4, 3, 1)],
+)
+def test_a_long_model_is_added_before_it_is_sent(
+    reduction: str, ranks: int, itemsize: int, sent: int, received: int, tmp_path: Path
+) -> None:
+    """300 hidden units: 64 * 300 + 300 + 300 * 10 + 10 = 22,510 parameters. `sent` and `received` in vectors: from up
+    to four ranks that train they are gathered, from more (and in a tree) reduced, with rank 0's."""
+    _, totals = default_job(reduction, ranks, tmp_path, "model.hidden=[300]")
+    vector = 22_510 * itemsize
+    assert totals["up.update"] == (CLIENTS * 22_510 * 4, sent * vector, received * vector)

@@ -234,10 +234,12 @@ def test_ordered_is_the_sum_in_float64_in_the_order_of_ids() -> None:
     assert torch.equal(upload(FUSED, fused_replies(), 3).uploads.mean("model"), expected)
 
 
-@pytest.fixture(params=[37, 1 << 14], ids=["exact", "in order"])
+@pytest.fixture(params=[(37, 4), (37, 0), (1 << 14, 4)], ids=["exact, gathered", "exact, reduced", "in order"])
 def exact_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`model` and `single`, of 37 elements, are added exactly, or nothing is."""
-    monkeypatch.setattr(collection, "EXACT_ELEMENTS", request.param)
+    elements, ranks = request.param
+    monkeypatch.setattr(collection, "EXACT_ELEMENTS", elements)
+    monkeypatch.setattr(collection, "GATHERED_RANKS", ranks)
 
 
 @pytest.mark.usefixtures("exact_elements")
@@ -579,13 +581,20 @@ def test_what_is_added_exactly(declared: Field, codec: Any, exact: bool, monkeyp
     assert upload({"f": declared}, replies, 3, "tree", codec=codec).known.bounds == {}
 
 
-def test_an_exact_sum_brings_one_vector_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """37 * 8 = 296 bytes in float64 of each rank, of rank 0 too, however many replies it has; slices of at most 240."""
+@pytest.mark.parametrize(
+    ("gathered_ranks", "sent", "received"), [(2, [0, 296, 296], 592), (1, [296, 296, 296], 296)], ids=["few", "many"]
+)
+def test_an_exact_sum_brings_one_vector_a_rank(
+    gathered_ranks: int, sent: list[int], received: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """37 * 8 = 296 bytes in float64 of each rank, however many replies it has; of rank 0, which has none, where MPI
+    reduces. Slices of at most 240 bytes are received at a time."""
     monkeypatch.setattr(collection, "EXACT_ELEMENTS", 37)
     monkeypatch.setattr(collection, "SLICE_BYTES", 240)
+    monkeypatch.setattr(collection, "GATHERED_RANKS", gathered_ranks)
     collected = upload({"model": FUSED["model"]}, {c: Reply({"model": noise(c, 37)}) for c in range(5)}, 3)
-    assert [by_kind(sent)["model"] for sent, _ in collected.counted] == [296] * 3
-    assert [by_kind(received).get("model", 0) for _, received in collected.counted] == [296, 0, 0]
+    assert [by_kind(counted).get("model", 0) for counted, _ in collected.counted] == sent
+    assert [by_kind(counted).get("model", 0) for _, counted in collected.counted] == [received, 0, 0]
     assert collected.known.logical["up", "model"] == dict.fromkeys(range(5), 148)
     assert collected.largest == 240
 
