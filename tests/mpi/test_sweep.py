@@ -15,6 +15,8 @@ from mpifed.storage.run_folder import RunFolder
 from tests.faults.outcome import Outcome, differences
 from tests.launch import Launch, mpirun, run_module
 
+pytestmark = pytest.mark.mpi_skip
+
 LIMIT_S = 240.0
 ROUNDS = 60
 
