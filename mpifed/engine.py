@@ -24,6 +24,7 @@ from mpifed.algorithms.base import Absent, Ensemble, Phase, Reply
 from mpifed.comm.collection import Outgoing, Sizes
 from mpifed.comm.communicator import CONTROL, Communicator
 from mpifed.comm.exchange import Exchange
+from mpifed.comm.wire.meter import Meter, choose
 from mpifed.errors import TooFewReplies
 from mpifed.failpoints import reach
 from mpifed.federation.env import Context
@@ -92,6 +93,7 @@ class Engine:
         self.checkpoints = checkpoints
         self.server: State | None = None  # at rank 0
         self.records = Records()
+        self.wire = Meter(self.comm)
         self.round = 0  # rounds done
         self._stop = stop or StopSignal()
         self.turns = turns or Turns.none(self.comm)
@@ -125,6 +127,7 @@ class Engine:
     def run(self) -> bool:
         """All rounds that are left. False where a signal stopped the run before its end, after a checkpoint."""
         self.federation.settle()
+        self.wire = choose(self.comm, self.job.measure_wire, self.federation.hosts)
         self.comm.traffic.take()  # what was said before round 1 belongs to no round
         self._clock.take()
         while self.round < self.job.rounds:
@@ -136,6 +139,7 @@ class Engine:
 
     def _run_round(self, round_: int) -> bool:
         began = time.perf_counter()
+        self.wire.skip()
         reach("round.start", round_, self.comm.rank)
         sampled = self.federation.roster.sample(round_)
         logged: dict[int, dict[str, float]] = {}
@@ -191,6 +195,7 @@ class Engine:
             )
             if self.server is not None:
                 self.server = self.algorithm.sent(self.server, shared, round_)
+        self.wire.count(phase.name, "down")
         reach("round.after_download", round_, rank)
         if first and self.server is not None:
             self._close_row(self.federation.env)
@@ -230,10 +235,12 @@ class Engine:
         reach("round.before_upload", round_, rank)
         with self._clock.time("wait"):
             known = self.exchange.announce(up_fields, outgoing, dealt)
+        self.wire.count("", "control")
         if len(known.clients) < self.job.min_replies:
             raise TooFewReplies(self._too_few(phase, round_, len(known.clients), said))
         with self._clock.time("communicate"):
             uploads = self.exchange.collect(phase.name, up_fields, outgoing, known, dealt)
+        self.wire.count(phase.name, "up")
         reach("round.after_upload", round_, rank)
         for client, record in staged.items():
             if record["state"] or "codec" in record:
@@ -341,7 +348,10 @@ class Engine:
         with self._clock.time("wait"):  # for the server's step; in the next round's report
             parts, wishes = self.comm.gather_bytes_and_sum(own.to_bytes(), asked_for)
         agreed = [wish > 0 for wish in wishes]
+        self.wire.count("", "control")
         _, own_received = self.comm.traffic.take()  # of this message itself, which no rank could count in it
+        wire = self.wire.collect()
+        self.comm.traffic.take()  # what is said about wire bytes is part of no round
         if parts is None:
             return agreed
         reports = [Report.from_bytes(part) for part in parts]
@@ -358,6 +368,8 @@ class Engine:
             replies,
             seconds=time.perf_counter() - began,
             tested_later=self.algorithm.evaluates != "clients" and self._evaluation_due(round_),
+            wire=wire,
+            wire_source=self.wire.name,
         )
         return agreed
 

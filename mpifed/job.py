@@ -22,7 +22,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mpifed.component import accepts, bind, explain, resolve, unknown_key
 from mpifed.errors import BadInput
 
-UNHASHED = ("out", "data.root", "data.download", "device", "turns", "round_timeout", "client_state_mb", "checkpoint")
+UNHASHED = (
+    *("out", "data.root", "data.download", "device", "turns", "round_timeout", "client_state_mb", "measure_wire"),
+    "checkpoint",
+)
 """Keys and tables that say where, and how safely, a run is computed: they are left out of `Job.sha256`."""
 
 DEFAULT_JOB = """\
@@ -445,6 +448,11 @@ class Job(_Table):
     )
     client_state_mb: int = Field(
         default=1024, ge=0, description="Memory in MB for client states on each rank; what is beyond goes to disk."
+    )
+    measure_wire: Literal["auto", "off", "mpi_t", "tcp_info", "interface"] = Field(
+        default="auto",
+        description="Where the bytes on the wire are read: Open MPI's counters (`mpi_t`), those of the ranks' TCP"
+        " connections, or of the nodes' network interfaces; `auto` takes the first that can be read (docs/mpi.md).",
     )
     algorithm: AlgorithmTable = Field(
         default_factory=AlgorithmTable, description="The algorithm and its hyper-parameters."

@@ -68,6 +68,7 @@ class Journal:
         )
         provenance = software_versions() | {
             "mpi_library": federation.comm.library(),
+            "wire": ": ".join(filter(None, (self._engine.wire.name, self._engine.wire.reason))),
             "ranks": federation.comm.size,
             "hosts": federation.hosts,
             "device": str(federation.env.device),
@@ -77,7 +78,16 @@ class Journal:
             "job_sha256": job.sha256,
             "seed": job.seed,
         }
-        write_record(self._folder.record, rows, records.ledger.columns(), partition, provenance, records.rank_times)
+        write_record(
+            self._folder.record,
+            rows,
+            records.ledger.columns(),
+            partition,
+            provenance,
+            records.rank_times,
+            records.wire.columns(),
+            records.wire.flow_columns(),
+        )
         summary = summarise(
             algorithm=job.algorithm.name,
             model=job.model.name,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpifed.comm.collection import Sizes
-from mpifed.comm.ledger import Entry, Ledger, unlabel
+from mpifed.comm.ledger import Entry, Ledger, WireLedger, unlabel
+from mpifed.comm.wire.meter import NOT_MEASURED, Measured
 from mpifed.federation.roster import Assignment
 
 ACTIVITIES = ("train", "wait", "communicate", "evaluate", "server")
@@ -51,6 +52,7 @@ class Records:
 
     rows: list[dict[str, Any]] = field(default_factory=list)  # metrics, a row a round
     ledger: Ledger = field(default_factory=Ledger)
+    wire: WireLedger = field(default_factory=WireLedger)
     rank_times: list[list[Any]] = field(default_factory=list)  # round, rank, and seconds as in `ACTIVITIES`
     resumed: int = 0
 
@@ -59,6 +61,7 @@ class Records:
         values = {
             "rows": self.rows,
             "ledger": self.ledger.rows(),
+            "wire": self.wire.rows(),
             "rank_times": self.rank_times,
             "resumed": self.resumed,
         }
@@ -67,8 +70,9 @@ class Records:
     @classmethod
     def resume(cls, read: Callable[[str], bytes]) -> Records:
         """The records of a checkpoint, of a run that is resumed once more; `read(name)` gives what `to_bytes` gave."""
-        rows, ledger, times, resumed = (json.loads(read(name)) for name in ("rows", "ledger", "rank_times", "resumed"))
-        return cls(rows, Ledger.from_rows(ledger), times, resumed + 1)
+        names = ("rows", "ledger", "wire", "rank_times", "resumed")
+        rows, ledger, wire, times, resumed = (json.loads(read(name)) for name in names)
+        return cls(rows, Ledger.from_rows(ledger), WireLedger.from_rows(wire), times, resumed + 1)
 
     def add_round(
         self,
@@ -80,6 +84,8 @@ class Records:
         replies: int,
         seconds: float,
         tested_later: bool,
+        wire: Sequence[Measured] = (),
+        wire_source: str = NOT_MEASURED,
     ) -> dict[str, Any]:
         """Write down a round; returns its metrics row.
 
@@ -90,8 +96,11 @@ class Records:
             sampled, replies: clients of the round, and how many of them answered in every phase.
             seconds: of the whole round.
             tested_later: the row's accuracy is not known yet, but will be.
+            wire: wire bytes of the parts of the round, counted by `wire_source`.
         """
         self._add_to_ledger(round_, reports, exchanged, usual_rank)
+        for part in wire:
+            self.wire.add(round_, part.phase, part.direction, part.by_rank, part.flows)
         self.rank_times += [
             [round_, rank, *(report.seconds.get(name, 0.0) for name in ACTIVITIES)]
             for rank, report in enumerate(reports)
@@ -107,7 +116,7 @@ class Records:
             "clients": sampled,
             "replies": replies,
             "absent": [{"client": client, "reason": gone[client]} for client in sorted(gone)],
-            "bytes": self.ledger.totals(round_),
+            "bytes": self.ledger.totals(round_) | {"wire": self._wire_totals(round_, wire_source)},
             "seconds": {
                 "total": seconds,
                 "train": most["train"],
@@ -121,6 +130,10 @@ class Records:
         }
         self.rows.append(row)
         return row
+
+    def _wire_totals(self, round_: int, source: str) -> dict[str, Any]:
+        totals: Mapping[str, int | None] = self.wire.totals(round_)
+        return {"source": source} | (dict.fromkeys(totals) if source == NOT_MEASURED else dict(totals))
 
     def _add_to_ledger(
         self,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpifed.comm.communicator import Communicator
 from mpifed.comm.mpi import world
+from mpifed.comm.wire import mpi_t
 from mpifed.errors import COMPLETE, REQUEUE, BadInput, CheckpointError, MpifedError
 from mpifed.guard import StopSignal, Watchdog, guarded
 from mpifed.memory import keep_freed_memory
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a job on this rank; the exit code."""
     keep_freed_memory()
+    if _wants_mpi_to_count(sys.argv[1:] if argv is None else argv):
+        mpi_t.enable()
     try:
         comm = world()
     except MpifedError as error:
@@ -56,6 +59,26 @@ def _main(argv: list[str], comm: Communicator, stop: StopSignal) -> int:
             say(job.to_toml() + describe(federation) + "\n", sys.stdout)
         return COMPLETE
     return _train(federation, resumed, arguments.resume is not None, stop)
+
+
+def _wants_mpi_to_count(argv: Sequence[str]) -> bool:
+    """Whether the job says so, as far as it can be seen before MPI starts, and with it the agreement on the job.
+
+    Where a rank cannot read the file, `OMPI_MCA_pml_monitoring_enable` in the environment is needed.
+    """
+    import tomllib
+
+    said = [word.partition("=")[2].strip("'\"") for word in argv if word.startswith("measure_wire=")]
+    if said:
+        return said[-1] == "mpi_t"
+    resumed = [Path(folder) / "job.toml" for word, folder in itertools.pairwise(argv) if word == "--resume"]
+    for path in [*resumed, *(Path(word) for word in argv if word.endswith(".toml"))]:
+        try:
+            if tomllib.loads(path.read_text(encoding="utf-8")).get("measure_wire") == "mpi_t":
+                return True
+        except (OSError, ValueError):  # which is said where the job is read
+            continue
+    return False
 
 
 def _arguments(argv: list[str], comm: Communicator) -> argparse.Namespace:

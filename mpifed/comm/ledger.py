@@ -1,13 +1,14 @@
 """The ledger: what crossed the network, by round, phase, direction, kind and rank. A leaf: plain numbers.
 
 Logical bytes are what the papers count: every client's own download and upload, after the codec. MPI bytes are the
-lengths of the buffers that a rank handed to MPI, to be sent or to be filled.
+lengths of the buffers that a rank handed to MPI, to be sent or to be filled. Wire bytes are what a counter of the
+transport moved on (`mpifed.comm.wire`); they know no kind, as one message may carry several.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -72,6 +73,83 @@ class Ledger:
     def columns(self) -> dict[str, list[Any]]:
         """Entries column by column, by field name."""
         return {name: [getattr(entry, name) for entry in self.entries] for name in _NAMES}
+
+
+@dataclass(frozen=True)
+class WireEntry:
+    """What a rank's counter moved on in one part of a round; `direction` as in `Entry`."""
+
+    round: int
+    phase: str
+    direction: str
+    rank: int
+    sent: int
+    received: int
+    retransmitted: int  # of `sent`
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Bytes from one rank to another in all rounds, where the counter knows to whom they went."""
+
+    direction: str
+    sender: int
+    receiver: int
+    sent: int
+
+
+class WireLedger:
+    """The wire bytes of a run, at rank 0, by ascending round; empty where nothing is measured."""
+
+    def __init__(self, entries: Iterable[WireEntry] = (), flows: Iterable[Flow] = ()) -> None:
+        self.entries = list(entries)
+        self._flows = {(flow.direction, flow.sender, flow.receiver): flow.sent for flow in flows}
+
+    def add(
+        self,
+        round_: int,
+        phase: str,
+        direction: str,
+        by_rank: Sequence[tuple[int, int, int]],
+        flows: Mapping[tuple[int, int], int],
+    ) -> None:
+        """Write down a part of a round: (sent, received, retransmitted) by rank, and bytes by (sender, receiver)."""
+        self.entries += [
+            WireEntry(round_, phase, direction, rank, *count) for rank, count in enumerate(by_rank) if any(count)
+        ]
+        for (sender, receiver), sent in flows.items():
+            key = direction, sender, receiver
+            self._flows[key] = self._flows.get(key, 0) + sent
+
+    def totals(self, round_: int) -> dict[str, int]:
+        """`{"sent", "received", "retransmitted"}` of one round."""
+        of_round = attrgetter("round")
+        first, end = (find(self.entries, round_, key=of_round) for find in (bisect_left, bisect_right))
+        chosen = self.entries[first:end]
+        return {name: sum(getattr(e, name) for e in chosen) for name in ("sent", "received", "retransmitted")}
+
+    @property
+    def flows(self) -> list[Flow]:
+        """By direction, sender and receiver."""
+        return [Flow(*key, self._flows[key]) for key in sorted(self._flows)]
+
+    def rows(self) -> list[list[list[Any]]]:
+        """Entries and flows as JSON-able rows."""
+        return [[list(vars(one).values()) for one in part] for part in (self.entries, self.flows)]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Iterable[Iterable[Any]]]) -> WireLedger:
+        """The inverse of `rows`."""
+        entries, flows = rows
+        return cls((WireEntry(*row) for row in entries), (Flow(*row) for row in flows))
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Entries column by column, by field name."""
+        return {name: [getattr(entry, name) for entry in self.entries] for name in WireEntry.__dataclass_fields__}
+
+    def flow_columns(self) -> dict[str, list[Any]]:
+        """Flows column by column, by field name."""
+        return {name: [getattr(flow, name) for flow in self.flows] for name in Flow.__dataclass_fields__}
 
 
 def label(phase: str, direction: str, kind: str) -> str:

@@ -37,6 +37,16 @@ LEDGER = {
     "mpi_sent": "int64",
     "mpi_received": "int64",
 }
+WIRE = {
+    "round": "int32",
+    "phase": "S",
+    "direction": "S",
+    "rank": "int32",
+    "sent": "int64",
+    "received": "int64",
+    "retransmitted": "int64",
+}
+WIRE_FLOWS = {"direction": "S", "sender": "int32", "receiver": "int32", "sent": "int64"}
 RANK_TIMES = {
     "round": "int32",
     "rank": "int32",
@@ -46,7 +56,7 @@ RANK_TIMES = {
     "evaluate": "float64",
     "server": "float64",
 }
-GROUPS = ("metrics", "ledger", "partition", "provenance", "rank_times")
+GROUPS = ("metrics", "ledger", "wire", "wire_flows", "partition", "provenance", "rank_times")
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ class Record:
     """The content of `run.h5`.
 
     `metrics`: per name a float64 column `[rounds]` (NaN: not measured in that round), or a list of JSON values.
-    `ledger`, `rank_times`: columns by name, strings as `str` arrays. `provenance`: attributes and lists by name.
+    `ledger`, `wire`, `wire_flows`, `rank_times`: columns by name, strings as `str` arrays. `provenance`: attributes and
+    lists by name.
     """
 
     metrics: dict[str, Column | list[Any]] = field(default_factory=dict)
@@ -76,6 +87,8 @@ class Record:
     partition: PartitionRecord | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     rank_times: dict[str, Column] = field(default_factory=dict)
+    wire: dict[str, Column] = field(default_factory=dict)
+    wire_flows: dict[str, Column] = field(default_factory=dict)
 
 
 def software_versions() -> dict[str, str]:
@@ -94,6 +107,8 @@ def write_record(
     partition: PartitionRecord | None,
     provenance: Mapping[str, Any],
     rank_times: Sequence[Sequence[float]],
+    wire: Mapping[str, Sequence[Any]] | None = None,
+    wire_flows: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
     """Write `run.h5`, whole or not at all; an existing one is replaced.
 
@@ -103,11 +118,14 @@ def write_record(
             direction, kind and rank; sizes in bytes.
         provenance: strings and numbers by name (attributes), and lists (JSON).
         rank_times: one row per round and rank, in the order of `RANK_TIMES`; seconds.
+        wire, wire_flows: the columns named in `WIRE` and `WIRE_FLOWS` (`mpifed.comm.ledger.WireLedger`); bytes.
     """
     with replacing(Path(path)) as draft, h5py.File(draft, "w", libver="v110") as file:
         file.attrs["version"] = VERSION
         _write_metrics(file.create_group("metrics"), metrics_rows)
         _write_columns(file.create_group("ledger"), ledger, LEDGER)
+        for name, columns, dtypes in (("wire", wire, WIRE), ("wire_flows", wire_flows, WIRE_FLOWS)):
+            _write_columns(file.create_group(name), columns or dict.fromkeys(dtypes, ()), dtypes)
         if partition is not None:
             _write_partition(file.create_group("partition"), partition)
         _write_provenance(file.create_group("provenance"), provenance)
@@ -195,6 +213,9 @@ def read_record(path: str | Path) -> Record:
                 provenance=content["provenance"][1]
                 | {name: _from_json(value) for name, value in columns["provenance"].items()},
                 rank_times=_known_columns(columns["rank_times"], RANK_TIMES),
+                # a record of before there were wire bytes has none
+                wire=_known_columns(columns["wire"], WIRE) if columns["wire"] else {},
+                wire_flows=_known_columns(columns["wire_flows"], WIRE_FLOWS) if columns["wire_flows"] else {},
             )
     except _Refused as error:
         raise BadInput(f"{path}: {error}; use the run.h5 that the run wrote") from None

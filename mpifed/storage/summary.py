@@ -9,6 +9,7 @@ from typing import Any
 LAST = 10
 """`accuracy.last10` is the mean over so many evaluations at the end."""
 
+WIRE = ("sent", "received", "retransmitted")
 SECONDS = ("total", "train", "communicate", "evaluate", "server", "checkpoint")
 
 
@@ -45,6 +46,7 @@ def measured(metrics_rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "bytes": {
             "logical": {direction: total(metrics_rows, "bytes", "logical", direction) for direction in ("up", "down")},
             "mpi": {direction: total(metrics_rows, "bytes", "mpi", direction) for direction in ("sent", "received")},
+            "wire": _wire(metrics_rows),
         },
         "seconds": {name: total(metrics_rows, "seconds", name) for name in SECONDS},
         "absent": [
@@ -53,6 +55,17 @@ def measured(metrics_rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for absence in row.get("absent") or ()
             if isinstance(absence, Mapping)
         ],
+    }
+
+
+def _wire(metrics_rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the rounds that were measured, and how many these are; null where none was."""
+    rows = [row for row in metrics_rows if number(row, "bytes", "wire", "sent") is not None]
+    sources = dict.fromkeys(str(row["bytes"]["wire"].get("source")) for row in rows)
+    return {
+        "source": " and ".join(sources) or "not measured",
+        **{name: total(rows, "bytes", "wire", name) if rows else None for name in WIRE},
+        "rounds": len(rows),
     }
 
 

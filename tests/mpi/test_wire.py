@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from tests.launch import ROOT, mpirun, run_ranks
+from mpifed.storage.record import read_record
+from mpifed.storage.run_folder import RunFolder
+from tests.launch import ROOT, launch, mpirun, run_ranks
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -30,18 +32,18 @@ def found_on(python: str, ranks: int, env: dict[str, str], **arguments: Any) -> 
     """`wire_checks.measured(**arguments)` of every rank, in the environment of that python."""
     code = "import json, sys; from tests.launch import run_ranks; print(json.dumps(run_ranks(**json.load(sys.stdin))))"
     task = {"function": "tests.mpi.wire_checks:measured", "ranks": ranks, "timeout": 60, "env": env}
+    found: list[dict[str, Any]] = json.loads(in_environment(python, code, task | {"arguments": arguments}))
+    return found
+
+
+def in_environment(python: str, code: str, task: dict[str, Any]) -> str:
+    """What `code` prints in the environment of that python, with `task` as JSON on its standard input."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [python, "-c", code],
-        input=json.dumps(task | {"arguments": arguments}),
-        capture_output=True,
-        text=True,
-        timeout=90,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
+        [python, "-c", code], input=json.dumps(task), capture_output=True, text=True, timeout=150, env=environment
     )
     assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +95,47 @@ def test_mpich_over_tcp() -> None:
 
 def test_open_mpi_over_tcp(open_mpi: str) -> None:
     check_tcp(found_on(open_mpi, 3, {"OMPI_MCA_btl": "tcp,self"}, wanted="tcp_info", nbytes=BYTES), 3)
+
+
+@pytest.mark.skipif(mpirun()[1] != "mpich", reason="the settings are MPICH's")
+def test_a_run_over_tcp_and_its_resume(tmp_path: Path) -> None:
+    """A model of 64 * 4000 + 4000 + 4000 * 10 + 10 = 300,010 parameters, 1.2 MB: what comes down to the other rank is
+    on the wire, with headers. The sums of a resumed run go on, and what it said to begin with is in no round."""
+    out = tmp_path / "run"
+    job = ["-m", "mpifed.run", "rounds=1", "model.hidden=[4000]", "local.steps=1", "evaluate.every_rounds=0"]
+    launch(2, [*job, f"out={out}"], timeout=120, env=OVER_TCP)
+    launch(2, ["-m", "mpifed.run", "--resume", str(out), "rounds=3"], timeout=120, env=OVER_TCP)
+
+    record = read_record(out / "run.h5")
+    ledger, wire, flows = record.ledger, record.wire, record.wire_flows
+    assert record.provenance["wire"] == "tcp_info"
+    for round_ in (1, 2, 3):
+        came_down = (ledger["round"] == round_) & (ledger["direction"] == "down") & (ledger["rank"] > 0)
+        payload = ledger["mpi_received"][came_down].sum()
+        assert payload == 4 * 300_010
+        sent = wire["sent"][(wire["round"] == round_) & (wire["direction"] == "down")].sum()
+        received = wire["received"][(wire["round"] == round_) & (wire["direction"] == "down")].sum()
+        assert payload <= sent <= 1.1 * payload and payload <= received <= sent
+    for way in ("down", "up", "control"):
+        assert flows["sent"][flows["direction"] == way].sum() == wire["sent"][wire["direction"] == way].sum() > 0
+    assert record.metrics["bytes.wire.source"] == ["tcp_info"] * 3
+    assert sum(record.metrics["bytes.wire.sent"]) == wire["sent"].sum()
+    summary = RunFolder.open(out).read_summary()
+    assert summary is not None and summary["bytes"]["wire"]["sent"] == wire["sent"].sum()
+    assert summary["bytes"]["wire"]["rounds"] == 3 and summary["resumed"] == 1
+
+
+def test_open_mpi_counts_a_run(open_mpi: str, tmp_path: Path) -> None:
+    """`measure_wire=mpi_t` turns the counters on by itself. Down comes exactly the model, to the other rank."""
+    out = tmp_path / "run"
+    job = ["-m", "mpifed.run", "rounds=2", "local.steps=1", "evaluate.every_rounds=0", "measure_wire=mpi_t"]
+    code = "import json, sys; from tests.launch import launch; launch(**json.load(sys.stdin))"
+    in_environment(open_mpi, code, {"ranks": 2, "args": [*job, f"out={out}"], "timeout": 120})
+    record = read_record(out / "run.h5")
+    assert record.provenance["wire"] == "mpi_t"
+    down = record.wire["direction"] == "down"
+    assert record.wire["sent"][down].sum() == 2 * 4 * 4810
+    assert set(record.wire_flows["receiver"][record.wire_flows["direction"] == "up"]) == {0}
 
 
 def test_shared_memory_is_not_measured() -> None:

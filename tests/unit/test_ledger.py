@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from mpifed.comm.ledger import Entry, Ledger, label, unlabel
+from mpifed.comm.ledger import Entry, Flow, Ledger, WireEntry, WireLedger, label, unlabel
 
 ENTRIES = [
     Entry(1, "train", "down", "model", 0, 0, 40, 0),
@@ -48,6 +48,26 @@ def test_columns() -> None:
         "mpi_sent": [40, 0],
         "mpi_received": [0, 40],
     }
+
+
+def test_wire_bytes() -> None:
+    """Two rounds of 0 -> 1: 100 bytes, 4 of them twice, and 90. A rank that moved nothing has no entry."""
+    ledger = WireLedger()
+    ledger.add(1, "train", "down", [(104, 0, 4), (0, 100, 0), (0, 0, 0)], {(0, 1): 104})
+    ledger.add(2, "train", "down", [(90, 0, 0), (0, 90, 0), (0, 0, 0)], {(0, 1): 90})
+    ledger.add(2, "", "control", [(0, 0, 0)] * 3, {})
+    assert ledger.totals(1) == {"sent": 104, "received": 100, "retransmitted": 4}
+    assert ledger.totals(2) == {"sent": 90, "received": 90, "retransmitted": 0}
+    assert ledger.totals(3) == {"sent": 0, "received": 0, "retransmitted": 0}
+    assert ledger.entries[:2] == [
+        WireEntry(1, "train", "down", 0, 104, 0, 4),
+        WireEntry(1, "train", "down", 1, 0, 100, 0),
+    ]
+    assert ledger.flows == [Flow("down", 0, 1, 194)] and len(ledger.entries) == 4
+    again = WireLedger.from_rows(json.loads(json.dumps(ledger.rows())))
+    again.add(3, "train", "down", [(6, 0, 0)], {(0, 1): 6})  # of a resumed run: sums go on
+    assert again.entries[:4] == ledger.entries and again.flows == [Flow("down", 0, 1, 200)]
+    assert ledger.columns()["received"] == [0, 100, 0, 90] and ledger.flow_columns()["sent"] == [194]
 
 
 def test_labels() -> None:

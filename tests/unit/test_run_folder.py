@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from mpifed.__main__ import main as mpifed_main
-from mpifed.comm.ledger import Entry, Ledger
+from mpifed.comm.ledger import Entry, Flow, Ledger, WireEntry, WireLedger
 from mpifed.errors import BAD_INPUT, BadInput
 from mpifed.export import save_model
 from mpifed.storage.record import PartitionRecord, read_record, software_versions, write_record
@@ -27,7 +27,11 @@ ROWS: list[dict[str, Any]] = [
         "accuracy": None,
         "train_loss": 2.0,
         "absent": [],
-        "bytes": {"logical": {"up": 10, "down": 30}, "mpi": {"sent": 20, "received": 25}},
+        "bytes": {
+            "logical": {"up": 10, "down": 30},
+            "mpi": {"sent": 20, "received": 25},
+            "wire": {"source": "not measured", "sent": None, "received": None, "retransmitted": None},
+        },
         "seconds": {"total": 1.5, "train": 1.0, "communicate": 0.25, "evaluate": 0.0, "server": 0.1, "checkpoint": 0.0},
     },
     {
@@ -35,7 +39,11 @@ ROWS: list[dict[str, Any]] = [
         "accuracy": 0.75,
         "train_loss": 1.0,
         "absent": [{"client": 4, "reason": "non-finite update"}],
-        "bytes": {"logical": {"up": 11, "down": 30}, "mpi": {"sent": 21, "received": 26}},
+        "bytes": {
+            "logical": {"up": 11, "down": 30},
+            "mpi": {"sent": 21, "received": 26},
+            "wire": {"source": "tcp_info", "sent": 70, "received": 60, "retransmitted": 9},
+        },
         "seconds": {"total": 2.5, "train": 2.0, "communicate": 0.25, "evaluate": 0.5, "server": 0.1, "checkpoint": 1.0},
     },
 ]
@@ -46,6 +54,7 @@ LEDGER = Ledger(
         Entry(2, "train", "up", "update", 1, 11, 11, 0),
     ]
 )
+WIRE = WireLedger([WireEntry(2, "train", "up", 1, 70, 0, 9)], [Flow("up", 1, 0, 70)])
 PARTITION = PartitionRecord(
     train=[np.array([4, 1]), np.array([], np.int64), np.array([0])],
     histogram=np.array([[1, 1], [0, 0], [1, 0]]),
@@ -56,7 +65,7 @@ PARTITION = PartitionRecord(
 def write_example(path: Path) -> None:
     provenance = software_versions() | {"ranks": 2, "hosts": ["a", "b"], "argv": ["run", "é=1"], "mpi": ""}
     times = [[1, 0, 0.5, 0.1, 0.2, 0.3, 0.4], [1, 1, 1, 0, 0, 0, 0]]
-    write_record(path, ROWS, LEDGER.columns(), PARTITION, provenance, times)
+    write_record(path, ROWS, LEDGER.columns(), PARTITION, provenance, times, WIRE.columns(), WIRE.flow_columns())
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -204,6 +213,7 @@ def test_summary_by_hand() -> None:
         "bytes": {
             "logical": {"up": 21, "down": 60, "by_kind": {"down.model": 30, "up.update": 21}},
             "mpi": {"sent": 41, "received": 51},
+            "wire": {"source": "tcp_info", "sent": 70, "received": 60, "retransmitted": 9, "rounds": 1},
         },
         "seconds": {
             "total": 4.0,
@@ -237,6 +247,10 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record.metrics["bytes.logical.up"], [10, 11])
     assert record.metrics["absent"] == [[], [{"client": 4, "reason": "non-finite update"}]]
     assert {name: list(column) for name, column in record.ledger.items()} == LEDGER.columns()
+    assert {name: list(column) for name, column in record.wire.items()} == WIRE.columns()
+    assert {name: list(column) for name, column in record.wire_flows.items()} == WIRE.flow_columns()
+    assert record.metrics["bytes.wire.source"] == ["not measured", "tcp_info"]
+    np.testing.assert_array_equal(record.metrics["bytes.wire.sent"], [np.nan, 70])
     assert record.partition is not None and record.partition.test is None
     for indices, expected in zip(record.partition.train, PARTITION.train, strict=True):
         np.testing.assert_array_equal(indices, expected)
@@ -253,6 +267,14 @@ def test_a_record_of_nothing_comes_back(tmp_path: Path) -> None:
     write_record(tmp_path / "run.h5", [], Ledger().columns(), None, {}, [])
     record = read_record(tmp_path / "run.h5")
     assert record.metrics == {} and record.partition is None and len(record.ledger["kind"]) == 0
+    assert len(record.wire["rank"]) == len(record.wire_flows["sender"]) == 0
+
+
+def test_a_record_of_before_there_were_wire_bytes(tmp_path: Path) -> None:
+    write_example(tmp_path / "run.h5")
+    with h5py.File(tmp_path / "run.h5", "a") as file:
+        del file["wire"], file["wire_flows"]
+    assert read_record(tmp_path / "run.h5").wire == {}
 
 
 def test_columns_are_plain_types(tmp_path: Path) -> None:

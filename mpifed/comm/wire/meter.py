@@ -63,6 +63,11 @@ class Meter:
     _intervals: dict[tuple[str, str], dict[str, Count]] = field(default_factory=dict)
     _known: list[list[str]] = field(default_factory=list)  # by rank; at rank 0
 
+    @property
+    def name(self) -> str:
+        """The source as the record calls it."""
+        return NOT_MEASURED if self.source is None or self.reason else self.source.name
+
     def skip(self) -> None:
         """What was counted since the last reading belongs to no round."""
         self._difference()
@@ -146,7 +151,7 @@ def _unmoved(comm: Communicator, source: Source | None) -> str | None:
         before = source.read()
         comm.broadcast(np.zeros(PROBE_BYTES, np.uint8), {})
         for name, count in source.read().items():
-            moved += count.since(before.get(name, Count()))[:2]
+            moved += count.since(before.get(name, Count()))[:2]  # sent, received
         problem = None
     except Unreadable as error:
         problem = str(error)
@@ -183,7 +188,7 @@ def _make_infiniband(comm: Communicator, hosts: Sequence[str]) -> Source:
 
 
 _MAKERS: dict[str, Callable[[Communicator, Sequence[str]], Source]] = {
-    "mpi_t": lambda comm, hosts: MpiT(comm.handle, comm.rank, comm.size),
+    "mpi_t": lambda comm, hosts: MpiT(comm.handle, comm.size),
     "tcp_info": lambda comm, hosts: TcpInfo(),
     "infiniband": _make_infiniband,
     "interface": _make_interfaces,

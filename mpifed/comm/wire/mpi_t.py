@@ -2,8 +2,7 @@
 
 They exist where Open MPI was started with `pml_monitoring_enable` (`enable` sets it, before MPI starts). The counter is
 `pml_monitoring_messages_size`, of messages that move; `coll_monitoring_*` is not read, which counts by formula (an
-all-reduce of b bytes on n ranks as n(n-1)b). Headers are not in it; shared memory within a node is. What a rank
-received is what the others counted as sent to it.
+all-reduce of b bytes on n ranks as n(n-1)b). Headers are not in it; shared memory within a node is.
 
 mpi4py has no MPI_T, but the library has: these are the functions of MPI 3.1, chapter 14.3, through ctypes.
 """
@@ -15,7 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from mpifed.comm.wire.source import Count, Counts, Flows, Unreadable, totals_of
+from mpifed.comm.wire.source import Count, Counts, Flows, Unreadable, joined
 
 VARIABLE = b"pml_monitoring_messages_size"
 _CLASS_SIZE = 2
@@ -39,14 +38,13 @@ class MpiT:
 
     Args:
         communicator: address of `MPI_COMM_WORLD`'s handle.
-        rank, ranks: of this process, and of all.
+        ranks: how many there are.
         library: the MPI library; None: the one that this process has loaded.
     """
 
     name = "mpi_t"
 
-    def __init__(self, communicator: int, rank: int, ranks: int, library: Any = None) -> None:
-        self._rank = rank
+    def __init__(self, communicator: int, ranks: int, library: Any = None) -> None:
         self._library = _loaded() if library is None else library
         if not hasattr(self._library, "MPI_T_pvar_get_index"):
             raise Unreadable("the MPI library has no MPI_T")
@@ -78,17 +76,11 @@ class MpiT:
 
     def read(self) -> Counts:
         self._call("MPI_T_pvar_read", self._session, self._handle, self._values)
-        # what a rank sends to itself never leaves it
-        return {str(rank): Count(sent) for rank, sent in enumerate(self._values) if rank != self._rank}
+        return {str(rank): Count(sent) for rank, sent in enumerate(self._values)}
 
     def join(self, known: Sequence[Sequence[str]], counts: Sequence[Counts]) -> tuple[list[Count], Flows]:
-        flows: dict[tuple[int, int], Count] = {}
-        for rank, own in enumerate(counts):
-            for name, count in own.items():
-                other = int(name)
-                flows[rank, other] = flows.get((rank, other), Count()).plus(count)
-                flows[other, rank] = flows.get((other, rank), Count()).plus(Count(received=count.sent))
-        return totals_of(flows, len(counts))
+        sent = ((rank, int(name), count) for rank, own in enumerate(counts) for name, count in own.items())
+        return joined(sent, len(counts))
 
 
 def _loaded() -> Any:

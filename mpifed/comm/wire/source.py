@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 Flows = dict[tuple[int, int], int]
@@ -53,12 +53,17 @@ class Source(Protocol):
         ...
 
 
-def totals_of(flows: Mapping[tuple[int, int], Count], ranks: int) -> tuple[list[Count], Flows]:
-    """Per rank, and the bytes sent, of what each rank counted towards each other one."""
+def joined(sent: Iterable[tuple[int, int, Count]], ranks: int) -> tuple[list[Count], Flows]:
+    """Totals by rank, and flows, of what each rank counted as sent: (sender, receiver, count).
+
+    What a rank received is what the others sent to it, but for what they sent again: a sender knows to which part of a
+    round its message belongs, while it may be with the receiver before that has come to it.
+    """
     totals = [Count()] * ranks
-    sent: Flows = defaultdict(int)
-    for (rank, other), count in flows.items():
-        totals[rank] = totals[rank].plus(count)
-        if count.sent:
-            sent[rank, other] += count.sent
-    return totals, dict(sent)
+    flows: Flows = defaultdict(int)
+    for sender, receiver, count in sent:
+        if sender != receiver and any(count):
+            totals[sender] = totals[sender].plus(count)
+            totals[receiver] = totals[receiver].plus(Count(received=count.sent - count.retransmitted))
+            flows[sender, receiver] += count.sent
+    return totals, dict(flows)

@@ -14,13 +14,12 @@ import stat
 import struct
 from collections.abc import Sequence
 
-from mpifed.comm.wire.source import Count, Counts, Flows, Unreadable, totals_of
+from mpifed.comm.wire.source import Count, Counts, Flows, Unreadable, joined
 
 _TCP_INFO = 11
 _LENGTH = 256
-_RECEIVED, _NOT_SENT, _SENT, _RETRANSMITTED = 128, 144, 200, 208
-"""Offsets in `struct tcp_info` (linux/tcp.h): tcpi_bytes_received, _notsent_bytes (32 bits), _bytes_sent and
-_bytes_retrans."""
+_NOT_SENT, _SENT, _RETRANSMITTED = 144, 200, 208
+"""Offsets in `struct tcp_info` (linux/tcp.h): tcpi_notsent_bytes (32 bits), tcpi_bytes_sent, tcpi_bytes_retrans."""
 _OF_LINUX_4_19 = 216
 """Bytes of the structure with all of these."""
 
@@ -63,13 +62,10 @@ class TcpInfo:
 
     def join(self, known: Sequence[Sequence[str]], counts: Sequence[Counts]) -> tuple[list[Count], Flows]:
         owner = {name: rank for rank, names in enumerate(known) for name in names}
-        flows: dict[tuple[int, int], Count] = {}
-        for rank, own in enumerate(counts):
-            for name, count in own.items():
-                other = owner.get(_from_the_other_end(name), rank)
-                if other != rank:  # else of the launcher, or a process's connection to itself
-                    flows[rank, other] = flows.get((rank, other), Count()).plus(count)
-        return totals_of(flows, len(counts))
+        ends = [
+            (rank, _from_the_other_end(name), count) for rank, own in enumerate(counts) for name, count in own.items()
+        ]
+        return joined(((rank, owner[end], count) for rank, end, count in ends if end in owner), len(counts))
 
 
 class _borrowed:
@@ -89,11 +85,9 @@ def parse(info: bytes) -> Count:
     """The counts in a `struct tcp_info`. Raises Unreadable where the kernel is too old to have them."""
     if len(info) < _OF_LINUX_4_19:
         raise Unreadable("this kernel's TCP_INFO has no byte counts (they came with Linux 4.19)")
-    received, sent, retransmitted = (
-        struct.unpack_from("=Q", info, offset)[0] for offset in (_RECEIVED, _SENT, _RETRANSMITTED)
-    )
+    sent, retransmitted = (struct.unpack_from("=Q", info, offset)[0] for offset in (_SENT, _RETRANSMITTED))
     waiting = struct.unpack_from("=I", info, _NOT_SENT)[0]
-    return Count(sent + waiting, received, retransmitted)
+    return Count(sent + waiting, retransmitted=retransmitted)
 
 
 def _family(descriptor: int) -> int | None:
