@@ -23,6 +23,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocato
 
 from mpifed.progress import megabytes
 from mpifed.report.runs import Run
+from mpifed.report.traffic_figure import traffic_figure
 from mpifed.storage.record import PartitionRecord
 
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY, BLACK = (
@@ -67,14 +68,24 @@ def draw(runs: Sequence[Run], out: Path) -> list[tuple[str, Path]]:
         timed = [run for run in runs if run.record is not None and len(run.record.rank_times["rank"])]
         if timed:
             figures.append(("Time of each rank", "time.png", time_figure(timed)))
+        for run in runs:
+            if run.record is not None and len(run.record.wire_flows.get("sent", ())):
+                figures.append(
+                    (f"Wire bytes of {run.name}", f"traffic-{_file(run.name)}.png", traffic_figure(run.record))
+                )
         for names, partition in _partitions(runs):
-            file = f"partition-{re.sub(r'[^A-Za-z0-9._-]+', '-', names[0])}.png"
+            file = f"partition-{_file(names[0])}.png"
             figures.append((f"Partition of {', '.join(names)}", file, partition_figure(partition)))
         saved = []
         for caption, file, figure in figures:
             figure.savefig(out / file, bbox_inches="tight", pad_inches=0.12)
             saved.append((caption, out / file))
     return saved
+
+
+def _file(name: str) -> str:
+    """A run's name as part of a file's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mpifed.progress import megabytes, percent
-from mpifed.report.layout import Cell, Table, aligned, markdown_row
+from mpifed.report.layout import Cell, Table, aligned, as_markdown, markdown_row
 from mpifed.report.runs import Run
+from mpifed.report.traffic import traffic_table
 from mpifed.storage.summary import SECONDS
 
 HEADER = (
@@ -66,6 +67,7 @@ def csv_table(runs: Sequence[Run]) -> str:
         ["run", "path", "state", "algorithm", "data", "seed", "ranks", "rounds"]
         + ["accuracy_final", "accuracy_best", "accuracy_last10", "logical_up", "logical_down"]
         + ["mpi_sent", "mpi_received", *(f"seconds_{name}" for name in SECONDS), "absent"]
+        + ["wire_source", "wire_sent", "wire_received"]
     )
     for run in runs:
         accuracy, sent, seconds = (run.totals[name] for name in ("accuracy", "bytes", "seconds"))
@@ -74,18 +76,22 @@ def csv_table(runs: Sequence[Run]) -> str:
             + [accuracy["final"], accuracy["best"], accuracy["last10"]]
             + [sent["logical"]["up"], sent["logical"]["down"], sent["mpi"]["sent"], sent["mpi"]["received"]]
             + [*(seconds[name] for name in SECONDS), len(run.totals["absent"])]
+            + [sent["wire"][name] for name in ("source", "sent", "received")]
         )
     return file.getvalue()
 
 
 def page(runs: Sequence[Run], figures: Sequence[tuple[str, Path]]) -> str:
-    """The Markdown page: table, figures (`caption`, file beside the page), absent clients, notes."""
+    """The Markdown page: tables, figures (`caption`, file beside the page), absent clients, notes."""
     rule = ["---" if name in TEXT_COLUMNS else "--:" for name in HEADER]
     lines = ["# Comparison of runs" if len(runs) > 1 else f"# Run {runs[0].name}", ""]
     lines += [markdown_row(row) for row in (HEADER, rule, *map(cells, runs))] + ["", LEGEND]
     notes = [note for run in runs for note in run.notes]
     if notes:
         lines += ["", "## What could not be read", "", *(f"- {note}" for note in notes)]
+    tables = [table for run in runs if (table := traffic_table(run)) is not None]
+    for table in tables:
+        lines += ["", as_markdown(table).replace("### ", "## ", 1)]
     for caption, path in figures:
         lines += ["", f"## {caption}", "", f"![{caption}]({path.name})"]
     absent = [line for run in runs for line in _absent_lines(run)]
