@@ -475,6 +475,11 @@ class Job(_Table):
             raise BadInput(f"participation: {self.participation} clients in a round, but clients is {self.clients}")
         algorithm = self._algorithm()
         public = self.data.public is not None or self.data.public_held_out > 0
+        if self.client_models and getattr(algorithm, "evaluates", "clients") == "server":
+            raise BadInput(
+                f"client_models: {self.algorithm.name} makes one model of its clients', which all have [model]; leave "
+                "client_models out (on the command line client_models=[])"
+            )
         if getattr(algorithm, "needs_public", False) and not public:
             raise BadInput(
                 f"data.public: {self.algorithm.name} needs a public data set; name one in [data.public], or hold out a "

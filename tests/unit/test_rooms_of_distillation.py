@@ -33,8 +33,8 @@ def data(**keys: Any) -> dict[str, Any]:
     return SYNTHETIC | {"classes": CLASSES, "partition": PARTITION} | keys
 
 
-def build(**changes: Any) -> Federation:
-    return Federation.build(job_of({"name": "fedavg"}, **changes), InProcess.alone())
+def build(algorithm: str = "fedavg", **changes: Any) -> Federation:
+    return Federation.build(job_of({"name": algorithm}, **changes), InProcess.alone())
 
 
 # --- a public data set ------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ OWN = [{"name": "mlp", "hidden": [5]}, {"name": "mlp", "hidden": [4, 3]}]
 
 
 def test_client_models_are_dealt_in_turn_and_differ_from_the_shared_one() -> None:
-    env = build(client_models=OWN, model={"name": "mlp", "hidden": [5]}).env
+    env = build("local", client_models=OWN, model={"name": "mlp", "hidden": [5]}).env
     assert env.model(0) is env.model(2) is env.model(4)
     assert env.model(0) is not env.model(1)
     assert env.model() is not env.model(0)  # the same architecture, and still two instances
@@ -126,9 +126,15 @@ def test_client_models_are_dealt_in_turn_and_differ_from_the_shared_one() -> Non
     assert without.model() is without.model(3)
 
 
+@pytest.mark.parametrize("name", ["fedavg", "scaffold", "fedgen", "fedftg", "feddistill_plus"])
+def test_one_model_for_all_is_not_made_of_clients_own_models(name: str) -> None:
+    with pytest.raises(BadInput, match=f"^client_models: {name} makes one model"):
+        job_of({"name": name}, client_models=OWN)
+
+
 def test_unfit_client_models_are_found_before_round_1() -> None:
     with pytest.raises(BadInput, match="model.name: 'cnn'"):
-        build(client_models=[OWN[0], {"name": "cnn"}])
+        build("local", client_models=[OWN[0], {"name": "cnn"}])
 
 
 def test_every_client_trains_its_own_architecture(tmp_path: Path) -> None:
