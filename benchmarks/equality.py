@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.mpi.equality import TREE_TOLERANCE, Runs, cases, differences, distance
+from tests.mpi.equality import Runs, cases, differences, distance, tolerance
 
 RANKS = (1, 2, 3, 4, 7, 11)
 
@@ -39,7 +39,7 @@ def table(runs: Runs) -> tuple[list[str], bool]:
         found = [differences(reference, runs.outcome("ordered", ranks, name)) for ranks in runs.ordered[1:]]
         found += [differences(reference, runs.outcome("resumed", ranks, name)) for ranks in runs.resumed]
         away = [distance(reference, runs.outcome("tree", ranks, name)) for ranks in runs.tree]
-        fine = fine and not any(found) and max(away, default=0.0) < TREE_TOLERANCE
+        fine = fine and not any(found) and max(away, default=0.0) < tolerance(name)
         cells = [", ".join(different) or "same" for different in found] + [f"{far:.1e}" for far in away]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines, fine

@@ -76,8 +76,9 @@ class Row:
     """Whose model is tested: `server`, `clients` or `both`."""
     sends_statistics: bool = False
     """Running statistics reach the server even where clients keep their own: it runs the clients' models."""
-    tree_tolerance: float = 2e-6
-    """How far `reduce = "tree"` may be from the ordered result, relative to each tensor's norm."""
+    tree_tolerance: float | None = None
+    """How far `reduce = "tree"` may be from the ordered result, relative to a tensor's norm, where the algorithm
+    magnifies what is rounding."""
     local: Mapping[str, Any] = field(default_factory=dict)
     """`[local]` where the algorithm asks for something else than `LOCAL`."""
     changes: Mapping[str, Any] = field(default_factory=dict)

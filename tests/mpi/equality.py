@@ -29,6 +29,12 @@ from tests.launch import run_ranks
 TREE_TOLERANCE = 1e-6
 """Largest relative distance (norm of the difference over the norm) of `reduce = "tree"` from `"ordered"`."""
 
+
+def tolerance(name: str) -> float:
+    """That of a case: of its row, where the row has one of its own."""
+    return next((row.tree_tolerance for row in ROWS if row.id == name and row.tree_tolerance), TREE_TOLERANCE)
+
+
 STOPPED_AFTER, STOPPED_ON = 2, 3
 """Round after which runs are stopped that are then resumed, and the number of ranks that computed it."""
 

@@ -17,7 +17,7 @@ import torch
 
 from tests.algorithm_table import ROWS, Outcome, Row, run, with_changes
 from tests.launch import ROOT, run_module
-from tests.mpi.equality import TREE_TOLERANCE, Runs, cases, differences, distance, outcome
+from tests.mpi.equality import Runs, cases, differences, distance, outcome, tolerance
 
 pytestmark = [pytest.mark.mpi_skip, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -54,7 +54,7 @@ def test_tree_is_close_and_costs_the_same(name: str, runs: Runs) -> None:
     reference = runs.reference(name)
     for ranks in runs.tree:
         added_by_mpi = runs.outcome("tree", ranks, name)
-        assert distance(reference, added_by_mpi) < TREE_TOLERANCE, ranks
+        assert distance(reference, added_by_mpi) < tolerance(name), ranks
         assert added_by_mpi.logical() == reference.logical(), ranks
 
 
