@@ -105,14 +105,13 @@ def _words(run: Run, record: Record) -> list[str]:
     if clients is not None and down.logical != down.mpi_others:
         notes.append(
             f"Logical: a download and an upload of every client, of {clients}. MPI, ranks but 0: what the {ranks - 1} "
-            "others send or fill, as every collective has rank 0 at one end. Clients of one rank share its download; "
-            "clients of rank 0 need none."
+            "others send or fill, as every collective has rank 0 at one end. Clients of one rank share its download."
         )
     if up.mpi_others and up.logical != up.mpi_others:
         notes.append(
             "Up, sums and means of long vectors are added up on a rank first and travel as one vector a rank, "
             + ("of 4 bytes an element" if run.job.get("reduce") == "tree" else "of 8 bytes an element, so exact")
-            + "; other replies travel one by one, but for those of rank 0's clients."
+            + "; other replies travel one by one."
         )
     if down.wire is None:
         notes.append(f"Wire bytes: {record.provenance.get('wire', 'not measured')}.")

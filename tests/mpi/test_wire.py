@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -102,7 +103,15 @@ def test_a_run_over_tcp_and_its_resume(tmp_path: Path) -> None:
     """A model of 64 * 4000 + 4000 + 4000 * 10 + 10 = 300,010 parameters, 1.2 MB: what comes down to the other rank is
     on the wire, with headers. The sums of a resumed run go on, and what it said to begin with is in no round."""
     out = tmp_path / "run"
-    job = ["-m", "mpifed.run", "rounds=1", "model.hidden=[4000]", "local.steps=1", "evaluate.every_rounds=0"]
+    job = [
+        "-m",
+        "mpifed.run",
+        "algorithm.name=fedavg",
+        "rounds=1",
+        "model.hidden=[4000]",
+        "local.steps=1",
+        "evaluate.every_rounds=0",
+    ]
     launch(2, [*job, f"out={out}"], timeout=120, env=OVER_TCP)
     launch(2, ["-m", "mpifed.run", "--resume", str(out), "rounds=3"], timeout=120, env=OVER_TCP)
 
@@ -128,7 +137,15 @@ def test_a_run_over_tcp_and_its_resume(tmp_path: Path) -> None:
 def test_open_mpi_counts_a_run(open_mpi: str, tmp_path: Path) -> None:
     """`measure_wire=mpi_t` turns the counters on by itself. Down comes exactly the model, to the other rank."""
     out = tmp_path / "run"
-    job = ["-m", "mpifed.run", "rounds=2", "local.steps=1", "evaluate.every_rounds=0", "measure_wire=mpi_t"]
+    job = [
+        "-m",
+        "mpifed.run",
+        "algorithm.name=fedavg",
+        "rounds=2",
+        "local.steps=1",
+        "evaluate.every_rounds=0",
+        "measure_wire=mpi_t",
+    ]
     code = "import json, sys; from tests.launch import launch; launch(**json.load(sys.stdin))"
     in_environment(open_mpi, code, {"ranks": 2, "args": [*job, f"out={out}"], "timeout": 120})
     record = read_record(out / "run.h5")
@@ -146,6 +163,18 @@ def test_shared_memory_is_not_measured() -> None:
         assert found["source"] is None
         assert "shared memory" in found["reason"]
         assert "broadcast" not in found
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or shutil.which("ip") is None or mpirun()[1] != "mpich",
+    reason="network namespaces as hosts need root, iproute2 and MPICH",
+)
+def test_two_hosts() -> None:
+    """Namespaces with links of their own: the kernel's counts are at least MPI's and no more than the interfaces'."""
+    command = [sys.executable, "-m", "benchmarks.hosts", "--hosts", "2", "--mbit", "200", "--systems", "FedAvg"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "as required" in done.stdout
 
 
 # --- Open MPI's own counts --------------------------------------------------------------------------------------------
