@@ -128,6 +128,8 @@ class Engine:
         """All rounds that are left. False where a signal stopped the run before its end, after a checkpoint."""
         self.federation.settle()
         self.wire = choose(self.comm, self.job.measure_wire, self.federation.hosts)
+        if self.comm.rank == 0 and self.wire.source is None and self.job.measure_wire not in ("auto", "off"):
+            log.warning("measure_wire: wire bytes are not measured: %s", self.wire.reason)
         self.comm.traffic.take()  # what was said before round 1 belongs to no round
         self._clock.take()
         while self.round < self.job.rounds:
