@@ -32,7 +32,7 @@ from mpifed.federation.federation import Federation
 from mpifed.federation.roster import Assignment
 from mpifed.federation.store import ClientStore
 from mpifed.federation.turns import Turns
-from mpifed.guard import StopSignal
+from mpifed.guard import Deadline, StopSignal
 from mpifed.learning.evaluate import Evaluation, evaluate
 from mpifed.records import Records, Report
 from mpifed.rng import derive
@@ -82,6 +82,7 @@ class Engine:
         store: ClientStore,
         stop: StopSignal | None = None,
         turns: Turns | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         self.federation = federation
         self.job = federation.job
@@ -96,6 +97,7 @@ class Engine:
         self.wire = Meter(self.comm)
         self.round = 0  # rounds done
         self._stop = stop or StopSignal()
+        self._deadline = deadline or Deadline()
         self.turns = turns or Turns.none(self.comm)
         self.row_done: Callable[[dict[str, Any]], None] = lambda row: None
         self._open: dict[str, Any] | None = None  # the last round's row, until it is evaluated
@@ -125,7 +127,7 @@ class Engine:
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     def run(self) -> bool:
-        """All rounds that are left. False where a signal stopped the run before its end, after a checkpoint."""
+        """All rounds that are left. False where a signal or the deadline stopped the run early, after a checkpoint."""
         self.federation.settle()
         self.wire = choose(self.comm, self.job.measure_wire, self.federation.hosts)
         if self.comm.rank == 0 and self.wire.source is None and self.job.measure_wire not in ("auto", "off"):
@@ -133,7 +135,9 @@ class Engine:
         self.comm.traffic.take()  # what was said before round 1 belongs to no round
         self._clock.take()
         while self.round < self.job.rounds:
+            began = time.perf_counter()
             stopped = self._run_round(self.round + 1)
+            self._deadline.round_took(time.perf_counter() - began)
             if stopped and self.round < self.job.rounds:
                 return False
         self._close_row(self.federation.env)
@@ -161,7 +165,8 @@ class Engine:
 
         seconds = self.job.checkpoint.every_seconds
         wanted = self.comm.rank == 0 and 0 < seconds <= time.monotonic() - self._last_checkpoint
-        asked_for = [float(self._stop.asked), float(wanted)]
+        leaving = self._stop.asked or self._too_late(round_, time.perf_counter() - began)
+        asked_for = [float(leaving), float(wanted)]
         stop, timed = self._record(
             round_, logged, absent, own, exchanged, len(sampled), replies, began, asked_for=asked_for
         )
@@ -173,6 +178,14 @@ class Engine:
         if self._open is not None and not self._open["open"]:
             self._finish_row()
         return bool(stop)
+
+    def _too_late(self, round_: int, seconds: float) -> bool:
+        """Whether there may be no time for another round after this one; by rank 0's clock."""
+        if self.comm.rank != 0 or round_ == self.job.rounds or not self._deadline.near(seconds):
+            return False
+        left = self._deadline.at - time.time()
+        log.info("%.0f s are left, which may not be enough for another round: leaving after round %d", left, round_)
+        return True
 
     # --- one phase ----------------------------------------------------------------------------------------------------
     def _run_phase(
@@ -409,8 +422,10 @@ class Engine:
         self.checkpoints.save(self.round, server, self.store.items(), records)
         self.comm.traffic.take()  # a checkpoint's agreement is part of no round
         self._last_checkpoint = time.monotonic()
+        seconds = time.perf_counter() - started
+        self._deadline.checkpoint_took(seconds)
         if self._open is not None:
-            self._open["seconds"]["checkpoint"] = time.perf_counter() - started
+            self._open["seconds"]["checkpoint"] = seconds
 
     def _on_device(self, state: State) -> State:
         return map_state(lambda tensor: tensor.to(self.federation.env.device), state)

@@ -8,12 +8,13 @@ coming to the next exchange; and, should that thread not get to run, `faulthandl
 from __future__ import annotations
 
 import faulthandler
+import math
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from mpifed.comm.communicator import Communicator
 from mpifed.errors import UNEXPECTED, MpifedError
@@ -94,6 +95,46 @@ class Watchdog:
                 )
                 faulthandler.dump_traceback(all_threads=True)
                 end_job(self._comm, UNEXPECTED, f"mpifed: rank {self._comm.rank} hangs, the job ends")
+
+
+class Deadline:
+    """The end of a run's time: near when another round, with its checkpoint, might not be done before it.
+
+    How long those take is learnt from this start of the run: the longest so far, half as much again, and `LEAVING_S`.
+
+    Args:
+        at: seconds since the epoch; infinity for a run that has all the time there is.
+    """
+
+    LEAVING_S = 10.0
+    """Seconds for what comes after the last checkpoint: the files of the run, the launcher's end, the requeue."""
+    MARGIN = 1.5
+
+    def __init__(self, at: float = math.inf) -> None:
+        self.at = at
+        self._round = 0.0
+        self._checkpoint: float | None = None
+
+    @classmethod
+    def of(cls, started: float, time_limit: float, environment: Mapping[str, str]) -> Deadline:
+        """`time_limit` seconds (0: none) after `started`, or the end of the Slurm job where that comes first."""
+        end = environment.get("SLURM_JOB_END_TIME", "")
+        ends = [started + time_limit] if time_limit else []
+        return cls(min([*ends, float(end)] if end.isdigit() else ends, default=math.inf))
+
+    def round_took(self, seconds: float) -> None:
+        """A round took so long, up to the beginning of the next one."""
+        self._round = max(self._round, seconds)
+
+    def checkpoint_took(self, seconds: float) -> None:
+        """A checkpoint took so long."""
+        self._checkpoint = max(self._checkpoint or 0.0, seconds)
+
+    def near(self, seconds: float) -> bool:
+        """Whether to leave after this round, which has taken so long, with a checkpoint."""
+        longest = max(self._round, seconds)
+        checkpoint = longest if self._checkpoint is None else self._checkpoint
+        return time.time() + self.MARGIN * (longest + checkpoint) + self.LEAVING_S > self.at
 
 
 class StopSignal:

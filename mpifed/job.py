@@ -23,7 +23,16 @@ from mpifed.component import accepts, bind, explain, resolve, unknown_key
 from mpifed.errors import BadInput
 
 UNHASHED = (
-    *("out", "data.root", "data.download", "device", "turns", "round_timeout", "client_state_mb", "measure_wire"),
+    "out",
+    "data.root",
+    "data.download",
+    "device",
+    "share_gpus",
+    "turns",
+    "round_timeout",
+    "time_limit",
+    "client_state_mb",
+    "measure_wire",
     "checkpoint",
 )
 """Keys and tables that say where, and how safely, a run is computed: they are left out of `Job.sha256`."""
@@ -442,9 +451,19 @@ class Job(_Table):
         default="auto",
         description="`auto`: on a node with more ranks than cores, as many clients train at a time as cores allow.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto` takes a GPU where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="`cuda`: a GPU a rank; `auto`: where every rank has one, and the CPU elsewhere.",
+    )
+    share_gpus: bool = Field(default=False, description="Whether several ranks may use one GPU.")
     round_timeout: float = Field(
         default=3600.0, gt=0, description="Seconds after which a round counts as hung and the run ends."
+    )
+    time_limit: float = Field(
+        default=0.0,
+        ge=0,
+        description="Seconds after its start at which a run has left, with a checkpoint, for the next round might not"
+        " end in time; 0: at the end of the Slurm job, if it is in one.",
     )
     client_state_mb: int = Field(
         default=1024, ge=0, description="Memory in MB for client states on each rank; what is beyond goes to disk."

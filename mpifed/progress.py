@@ -13,7 +13,8 @@ from mpifed.output import say
 from mpifed.storage.summary import number, total
 
 LINE_SECONDS = 2.0
-"""Plain lines are at least so far apart, apart from the first and the last."""
+LINE_SHARE = 0.01
+"""Plain lines are at least so many seconds, and this share of the time passed, apart; but for the first and last."""
 
 
 def megabytes(count: int | float) -> str:
@@ -95,7 +96,8 @@ class Progress:
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
-        if self._printed is None or done >= self._rounds or now - self._printed >= LINE_SECONDS:
+        apart = max(LINE_SECONDS, LINE_SHARE * (now - self._began))  # a night's log is still read in one go
+        if self._printed is None or done >= self._rounds or now - self._printed >= apart:
             self._printed = now
             say(f"round {done:{len(str(self._rounds))}d}/{self._rounds}  {text}\n", self._stream)
 

@@ -9,7 +9,9 @@ import argparse
 import datetime
 import itertools
 import logging
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from mpifed.comm.communicator import Communicator
 from mpifed.comm.mpi import world
 from mpifed.comm.wire import mpi_t
 from mpifed.errors import COMPLETE, REQUEUE, BadInput, CheckpointError, MpifedError
-from mpifed.guard import StopSignal, Watchdog, guarded
+from mpifed.guard import Deadline, StopSignal, Watchdog, guarded
 from mpifed.memory import keep_freed_memory
 from mpifed.output import say
 
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a job on this rank; the exit code."""
+    started = time.time()
+    stop = StopSignal()
+    stop.install()  # before MPI and the imports, which take seconds
     keep_freed_memory()
     if _wants_mpi_to_count(sys.argv[1:] if argv is None else argv):
         mpi_t.enable()
@@ -39,12 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MpifedError as error:
         print(f"mpifed: {error}", file=sys.stderr)
         return error.exit_code
-    stop = StopSignal()
-    stop.install()  # before the imports, which take seconds
-    return guarded(comm, lambda: _main(list(sys.argv[1:] if argv is None else argv), comm, stop))
+    return guarded(comm, lambda: _main(list(sys.argv[1:] if argv is None else argv), comm, started, stop))
 
 
-def _main(argv: list[str], comm: Communicator, stop: StopSignal) -> int:
+def _main(argv: list[str], comm: Communicator, started: float, stop: StopSignal) -> int:
     arguments = _arguments(argv, comm)
     logging.basicConfig(format=f"mpifed [rank {comm.rank}] %(message)s", level=logging.INFO, stream=sys.stderr)
     job, resumed = _job(arguments, comm)
@@ -58,7 +61,8 @@ def _main(argv: list[str], comm: Communicator, stop: StopSignal) -> int:
 
             say(job.to_toml() + describe(federation) + "\n", sys.stdout)
         return COMPLETE
-    return _train(federation, resumed, arguments.resume is not None, stop)
+    deadline = Deadline.of(started, job.time_limit, os.environ)
+    return _train(federation, resumed, arguments.resume is not None, stop, deadline)
 
 
 def _wants_mpi_to_count(argv: Sequence[str]) -> bool:
@@ -169,7 +173,9 @@ def _text(path: Path) -> str:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
-def _train(federation: Federation, resumed: RunFolder | None, resume: bool, stop: StopSignal) -> int:
+def _train(
+    federation: Federation, resumed: RunFolder | None, resume: bool, stop: StopSignal, deadline: Deadline
+) -> int:
     from mpifed.engine import Engine
     from mpifed.federation.federation import on_every_rank
     from mpifed.federation.store import ClientStore
@@ -196,7 +202,7 @@ def _train(federation: Federation, resumed: RunFolder | None, resume: bool, stop
     on_every_rank(comm, lambda: None if resumed is None else _renew(resumed, job))
     store = ClientStore(job.client_state_mb * 1_000_000, folder.scratch / f"rank_{comm.rank:04d}")
     turns = _turns(federation)
-    engine = Engine(federation, checkpoints, store, stop, turns)
+    engine = Engine(federation, checkpoints, store, stop, turns, deadline)
     if found is None:
         engine.begin()
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,14 +84,32 @@ class RunEnv:
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The rank's device: with `auto` a GPU where there is one, GPUs dealt to a node's ranks in turn."""
+    """The device that this rank would take: with `auto` a GPU where there is one, dealt to a node's ranks in turn."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise BadInput('device: "cuda", but there is no GPU that torch can use here; use auto or cpu')
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def identity(device: torch.device) -> str:
+    """What tells a node's GPUs apart, whatever each rank may see of them and call them; "" for the CPU."""
+    if device.type == "cpu":
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    index = device.index or 0
+    return str(getattr(properties, "uuid", "") or (visible[index] if index < len(visible) else index))
+
+
+def crowded(hosts: Sequence[str], gpus: Sequence[str]) -> str:
+    """What is wrong where several ranks of a node would use one GPU, by host and `identity` of every rank; or ""."""
+    for host in dict.fromkeys(hosts):
+        used = [gpu for name, gpu in zip(hosts, gpus, strict=True) if name == host and gpu]
+        if len(set(used)) < len(used):
+            count = len(set(used))
+            return f"{len(used)} ranks on {host} have {count} GPU{'s' * (count > 1)} between them"
+    return ""
 
 
 class Context:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -23,11 +24,13 @@ from mpifed.data.public import Public, Relabelled, Rest
 from mpifed.data.selection import Selected
 from mpifed.data.source import Source
 from mpifed.errors import BadInput
-from mpifed.federation.env import RunEnv, choose_device
+from mpifed.federation.env import RunEnv, choose_device, crowded, identity
 from mpifed.federation.roster import Roster
 from mpifed.job import Job
 from mpifed.learning.local import HEAD
 from mpifed.rng import numpy_generator
+
+log = logging.getLogger("mpifed")
 
 
 def on_every_rank(comm: Communicator, act: Callable[[], Any]) -> Any:
@@ -65,14 +68,13 @@ class Federation:
         torch.set_num_threads(job.threads)
         said = comm.gather_bytes(socket.gethostname().encode())
         hosts = comm.broadcast_json([name.decode() for name in said] if said is not None else None)
-        federation: Federation = on_every_rank(comm, lambda: cls._build(job, comm, hosts))
+        device = agree_on_device(job, comm, hosts)
+        federation: Federation = on_every_rank(comm, lambda: cls._build(job, comm, hosts, device))
         return federation
 
     @classmethod
-    def _build(cls, job: Job, comm: Communicator, hosts: list[str]) -> Federation:
-        local_rank = hosts[: comm.rank].count(hosts[comm.rank])
+    def _build(cls, job: Job, comm: Communicator, hosts: list[str], device: torch.device) -> Federation:
         algorithm: Algorithm = job.algorithm.make()
-        device = choose_device(job.device, local_rank)
         source, public = divide(job, job.data.make(), device)
         partition = make_partition(job, source)
         if algorithm.pooled:
@@ -158,6 +160,23 @@ class Federation:
     def codec(self, direction: str, name: str) -> Codec:
         """The codec of one exchanged field."""
         return _codec(self.job.codec_of(direction, name), f"codec.{direction}.{name}")  # type: ignore[arg-type]
+
+
+def agree_on_device(job: Job, comm: Communicator, hosts: Sequence[str]) -> torch.device:
+    """This rank's device. Where ranks would share a GPU unasked, `auto` is the CPU everywhere, and `cuda` BadInput."""
+    local_rank = hosts[: comm.rank].count(hosts[comm.rank])
+    device: torch.device = on_every_rank(comm, lambda: choose_device(job.device, local_rank))
+    said = comm.gather_bytes(identity(device).encode())
+    problem = comm.broadcast_json(None if said is None else crowded(hosts, [gpu.decode() for gpu in said]))
+    if problem and not job.share_gpus:
+        if job.device == "cuda":
+            raise BadInput(f"device: {problem}; start fewer ranks there, or share them with share_gpus=true")
+        if comm.rank == 0:
+            log.info("%s: training on the CPU; share_gpus=true would share them", problem)
+        return torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _check_names(job: Job, algorithm: Algorithm, env: RunEnv) -> None:

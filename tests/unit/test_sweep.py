@@ -394,13 +394,15 @@ def test_the_batch_script_runs_a_member_and_asks_for_a_requeue(tmp_path: Path, l
     """slurm/run.sh with stand-ins for Slurm's commands: task 0 of an array is stopped by USR1, and goes on."""
     bin_ = tmp_path / "bin"
     bin_.mkdir()
-    srun = f'[ "$1 $2" = "--kill-on-bad-exit=0 --wait=60" ] && shift 2 && exec {launcher} "$@"'
+    options = "--mpi=pmi2 --kill-on-bad-exit=0 --wait=60"
+    srun = f'[ "$1" = "--mpi=list" ] && echo pmi2; [ "$1 $2 $3" = "{options}" ] && shift 3 && exec {launcher} "$@"'
     python = f'exec {sys.executable} "$@"'
     scontrol = f'echo "$@" > {tmp_path / "requeued"}'
-    for name, line in {"srun": srun, "python": python, "scontrol": scontrol, "mpirun": "echo HYDRA"}.items():
+    lines = {"srun": srun, "python": python, "scontrol": scontrol, "squeue": "echo RUNNING", "mpirun": "echo HYDRA"}
+    for name, line in lines.items():
         (bin_ / name).write_text(f"#!/bin/bash\n{line}\n")
         (bin_ / name).chmod(0o755)
-    slurm = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "42"}
+    slurm = {"SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "43"}
     paths = {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     command = ["bash", str(ROOT / "slurm" / "run.sh"), "sweep", str(write(tmp_path, "seeds = [2, 5]"))]
 
@@ -410,7 +412,7 @@ def test_the_batch_script_runs_a_member_and_asks_for_a_requeue(tmp_path: Path, l
         time.sleep(0.01)
     batch.send_signal(signal.SIGUSR1)
     assert batch.wait(120) == 75
-    assert (tmp_path / "requeued").read_text() == "requeue 42\n"
+    assert (tmp_path / "requeued").read_text() == "requeue 42_0\n"
     assert subprocess.run(command, cwd=tmp_path, env=os.environ | slurm | paths, timeout=120).returncode == 0
     assert calls(tmp_path) == ["-n 4 OUT/jobs/seed2.toml", "-n 4 --resume OUT/seed2"]
 
