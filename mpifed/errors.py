@@ -7,7 +7,7 @@
 | 2 | bad input: job file, data set, run folder or world size; nothing was computed |
 | 3 | fewer usable replies than `min_replies`; the last checkpoint holds the state before that round |
 | 4 | a checkpoint could not be written or read |
-| 75 | checkpointed on a signal before the end: start again with `--resume` |
+| 75 | checkpointed before the end, on a signal or a time limit: start again with `--resume` |
 """
 
 from __future__ import annotations

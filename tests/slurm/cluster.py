@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ PACKAGES = ("slurm-wlm", "munge", "libpmi2-0")
 """Debian's packages: `apt-get install -y --no-install-recommends ...`."""
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sbatch", "srun", "scontrol", "squeue", "unshare")
-_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 _OUTER = re.compile(r"(SLURM|SRUN|SBATCH|PMI|PMIX|HYDI|MPI_LOCAL|OMPI_COMM_WORLD)_?")
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -280,6 +281,15 @@ class Cluster:
         name = number.name.removeprefix("SIG")
         command = ["scancel", "--batch", f"--signal={name}", str(job)]
         subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=60)
+
+    def fail_node(self, node: str) -> None:
+        """Set a node down: Slurm requeues its jobs."""
+        self.scontrol("update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+    def repair_node(self, node: str) -> None:
+        """Set a node in service again, unless it is already, because it has answered meanwhile."""
+        command = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
+        subprocess.run(command, env=self.environment, capture_output=True, timeout=60)
 
     def cancel(self, job: int | str) -> None:
         """Cancel a job, if it has not ended."""

@@ -16,6 +16,8 @@ from mpifed.errors import BAD_INPUT, REQUEUE
 from tests.faults.outcome import Outcome, differences
 from tests.slurm.site import JOB, NODES, START_S, Site, Submitted
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 SLOW = 0.4  # seconds a round, so that there is time to interrupt a run of twelve
 
 
@@ -72,9 +74,9 @@ def test_whatever_interrupts_a_run_it_goes_on_and_is_the_same(site: Site) -> Non
     assert job.text().count("asking for a requeue") == 1  # Slurm's own needs no other
 
     job.until_round(job.rounds() + 1)
-    site.cluster.scontrol("update", "NodeName=n2", "State=DOWN", "Reason=test")
+    site.cluster.fail_node("n2")
     job.wait("PENDING")
-    site.cluster.scontrol("update", "NodeName=n2", "State=RESUME")
+    site.cluster.repair_node("n2")
     job.go_on(SLOW)
 
     job.until_round(job.rounds() + 1)
