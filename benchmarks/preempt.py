@@ -7,7 +7,7 @@ A Slurm of three nodes is brought up on this machine (`tests/slurm/cluster.py`; 
 evenly from its start-up and first seconds of training, in a way drawn as well:
 
   signal    USR1 to the batch script, as Slurm sends before a time limit or a preemption; the script asks for a requeue
-  requeue   `scontrol requeue`: TERM, and KILL five seconds later
+  requeue   `scontrol requeue`: TERM, and KILL fifteen seconds later
   node      a node, also the one of the batch script, is set down; Slurm requeues the job
 
 Required: one requeue for each; and at the end server state, every client's state, metrics and ledger equal those of a

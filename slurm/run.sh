@@ -39,6 +39,7 @@ pmi=${SLURM_MPI_TYPE:-$pmi} # a site that knows better sets it itself
 launcher=${MPIFED_LAUNCHER:-}
 if [ -z "$launcher" ]; then
     launcher=mpirun
+    [ -z "$pmi" ] && launcher=srun
     case " $(srun --mpi=list 2>&1 | tr -s '[:space:]' ' ') " in *" $pmi "*) launcher=srun ;; esac
 fi
 if [ "$launcher" = srun ]; then
@@ -47,7 +48,7 @@ if [ "$launcher" = srun ]; then
     launch=(srun ${pmi:+--mpi=$pmi} --kill-on-bad-exit=0 --wait=60)
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch by itself
 else
-    launch=(mpirun)
+    launch=(mpirun) pmi=''
 fi
 
 if [ -n "$sweep" ]; then # a member of a sweep, which goes on by itself where its folder holds a run

@@ -59,7 +59,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 JobRequeue=1
-KillWait=5
+KillWait=15
 SlurmdTimeout=60
 MessageTimeout=30
 MinJobAge=600
