@@ -1,8 +1,8 @@
 """Interrupt one Slurm run at random moments, again and again, and demand that it ends as an undisturbed one does.
 
-usage:  python benchmarks/preempt.py [--kills 20] [--seed S] [--rounds 60] [--json preempt.json]
+usage:  python benchmarks/preempt.py [--kills 20] [--seed S] [--rounds 200] [--json preempt.json]
 
-A Slurm of three nodes is brought up on this machine (`tests/slurm/cluster.py`; root, Debian's packages), and
+A Slurm is brought up on this machine (`tests/slurm/cluster.py`; root, Debian's packages), and
 `slurm/cpu.sbatch` is submitted on three ranks, one a node. After every start it is interrupted at a moment drawn
 evenly from its start-up and first seconds of training, in a way drawn as well:
 
@@ -54,14 +54,17 @@ def interrupt(cluster: Cluster, job: Submitted, kind: str, node: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=60, help="rounds of the run, half a second each")
+    parser.add_argument("--rounds", type=int, default=200, help="rounds of the run, half a second each")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     parser.add_argument("--json", type=Path, help="write what was done and how it ended")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     random, rounds = numpy_generator(arguments.seed, "preempt"), f"rounds={arguments.rounds}"
 
-    with tempfile.TemporaryDirectory(prefix="mpifed-slurm-") as folder, Cluster(Path(folder) / "cluster") as cluster:
+    with (
+        tempfile.TemporaryDirectory(prefix="mpifed-slurm-") as folder,
+        Cluster(Path(folder) / "cluster", nodes=4) as cluster,
+    ):
         started = time.monotonic()
         undisturbed = Path(folder) / "undisturbed"
         run_module(3, "mpifed.run", JOB, f"out={undisturbed}", rounds, timeout=300)
@@ -74,10 +77,13 @@ def main() -> int:
         cluster.wait(job.id, {"RUNNING"}, START_S)
         kills = []
         for number in range(1, arguments.kills + 1):
-            kind, node = str(random.choice(KINDS)), str(random.choice(cluster.nodes))
+            kind, node = str(random.choice(KINDS)), str(random.choice(cluster.nodes[:3]))
             after = float(random.uniform(0.0, start_up + TRAINING_S))
             time.sleep(after)
             done = job.rounds()
+            if done >= arguments.rounds - 1:
+                print(f"the run was over before kill {number}: give it more --rounds", flush=True)
+                break
             interrupt(cluster, job, kind, node)
             job.go_on(pace=0.5)
             kills.append({"kind": kind, "node": node if kind == "node" else None, "after_s": after, "rounds": done})
@@ -86,7 +92,7 @@ def main() -> int:
         job.pace(0.0)
         fields = job.wait("COMPLETED", 2 * START_S)
         wrong = differences(expected, Outcome.read(job.run))
-        if int(fields["Restarts"]) != arguments.kills:
+        if int(fields["Restarts"]) != len(kills):
             wrong.append(f"{fields['Restarts']} requeues")
         asked = job.text().count("asking for a requeue")
         print(f"{'MISS: ' + ', '.join(wrong) if wrong else 'equal, bit for bit'}; {asked} requeues by the script")

@@ -1,4 +1,4 @@
-"""A Slurm of three nodes for all tests here, and an undisturbed run, with which every interrupted one is compared.
+"""A Slurm of four nodes for all tests here, and an undisturbed run, with which every interrupted one is compared.
 
 Where Slurm cannot run, these tests are skipped, with the reason; `.ci/run` installs it where it can.
 """
@@ -24,18 +24,18 @@ def pytest_report_header(config: pytest.Config) -> str:
         require()
     except SlurmUnavailable as why:
         return f"Slurm: none, tests/slurm is skipped: {why}"
-    return "Slurm: three nodes on this machine, for tests/slurm"
+    return "Slurm: four nodes on this machine, for tests/slurm"
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Three nodes of four cores each."""
+    """Four nodes of four cores each."""
     try:
         require()
     except SlurmUnavailable as why:
         pytest.skip(str(why))
     with tempfile.TemporaryDirectory(prefix="mpifed-slurm-") as folder:  # short: it holds munge's socket
-        with Cluster(Path(folder)) as started:
+        with Cluster(Path(folder), nodes=4) as started:
             yield started
         assert started.processes() == []
 

@@ -15,7 +15,7 @@ from tests.slurm.paced import PACE
 JOB = Path(__file__).parent / "job.toml"
 START_S = 120.0
 """Seconds within which a start computes its first rounds; a few on an idle machine."""
-NODES = ("--ntasks=3", "--nodes=3")
+NODES = ("--ntasks=3", "--nodes=3", "--exclude=n4")
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Jobs on a real Slurm: what interrupts them costs nothing, and the run that was interrupted is the undisturbed one.
 
-Every test submits the project's own batch files as docs/slurm.md says, on three nodes, one rank on each.
+Every test submits the project's own batch files as docs/slurm.md says, on three nodes, one rank on each; the fourth is
+for the job that has to wait for the end of its time.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ SLOW = 0.4  # seconds a round, so that there is time to interrupt a run of twelv
 
 @pytest.fixture(scope="session")
 def limited(site: Site) -> Submitted:
-    """A job whose two minutes end before its rounds do: it computes, and mostly sleeps, beside the other tests.
+    """A job whose two minutes end before its rounds do: it computes, and mostly sleeps, beside the other
+    tests, on a node of its own.
 
     Slurm's signal before the end, which may come a minute early, is one that nobody minds.
     """
-    options = (*NODES, "--time=2", "--partition=urgent", "--signal=B:CONT@1")
+    options = ("--ntasks=3", "--nodelist=n4", "--time=2", "--signal=B:CONT@1")
     return site.sbatch("cpu.sbatch", options=options, pace=10.0)
 
 
@@ -40,7 +42,7 @@ def no_job_is_left(site: Site, limited: Submitted) -> Iterator[None]:
 
 
 def test_ranks_on_three_nodes_by_srun(site: Site) -> None:
-    job = site.sbatch("nodes.sbatch", options=("--nodes=3", "--ntasks-per-node=1"))
+    job = site.sbatch("nodes.sbatch", options=("--nodes=3", "--ntasks-per-node=1", "--exclude=n4"))
     fields = job.wait("COMPLETED")
     assert fields["JobName"] == "job"  # of the job's file
     assert "by srun of MPICH, pmi2" in job.text() and "3 ranks on 3 nodes" in job.text()
