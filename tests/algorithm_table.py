@@ -275,7 +275,7 @@ ROWS: tuple[Row, ...] = (
     Row("feddyn", {"name": "feddyn", "alpha": 0.1}, model_unweighted, stateful=True),
     Row("feddyn-adaptive", {"name": "feddyn", "alpha": 0.1, "adaptive": True}, model_unweighted, stateful=True),
     Row("fedftg", FEDFTG, with_class_counts(model_both_ways), sends_statistics=True),
-    Row("fedftg-official", FEDFTG | {"variant": "official"}, with_class_counts(model_both_ways), sends_statistics=True),
+    Row("fedftg-paper", FEDFTG | {"variant": "paper"}, with_class_counts(model_both_ways), sends_statistics=True),
     Row(
         "fedftg-fedprox",
         FEDFTG | {"base": {"name": "fedprox", "mu": 0.5}},

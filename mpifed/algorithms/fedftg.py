@@ -84,8 +84,9 @@ class FedFTG(Algorithm):
 
     base: Algorithm = FedAvg()
     """Whose round it is. In a job: a name, or a table with the base's own hyper-parameters."""
-    variant: Literal["paper", "official"] = "paper"
-    """What the switches mean that are left out."""
+    variant: Literal["paper", "official"] = "official"
+    """What the switches mean that are left out. The authors' code is what is known for certain, and what keeps the
+    bases' accuracy (docs/algorithms/fedftg.md)."""
 
     # the game (I, I_g, I_d and B of Algorithm 2)
     iterations: Count = 10
