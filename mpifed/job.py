@@ -741,11 +741,13 @@ def _set(document: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
 def changed_keys(old: Job, new: Job) -> dict[str, tuple[Any, Any]]:
-    """Old and new value of every key that can change results and did; empty where the `sha256` are equal."""
+    """Old and new value of every key that can change results and did; empty where the `sha256` are equal.
+
+    Names of components come first: they tell more than the parameters that change with them.
+    """
     before, after = old._hashed(), new._hashed()
-    return {
-        key: (before.get(key), after.get(key)) for key in sorted(before | after) if before.get(key) != after.get(key)
-    }
+    keys = sorted(before | after, key=lambda key: (not key.endswith(".name"), key))
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 def check_resume(old: Job, new: Job, done: int = 0) -> None:

@@ -30,6 +30,7 @@ ranks = 3
 "data.partition.alpha" = [0.1, 1.0]
 [[variant]]
 label = "FedAvg"
+set = { "algorithm.name" = "fedavg" }
 [[variant]]
 label = "FedProx, strong"
 ranks = 1

@@ -193,9 +193,9 @@ def test_without_a_grid_there_is_one_column(tmp_path: Path) -> None:
     sweep, jobs = sweep_of(tmp_path, 'metric = ["train_loss", "accuracy.last10", "accuracy_own"]')
     make(sweep.members[0], jobs["run"], train_loss=lambda t: 1 / t, accuracy_own=lambda t: 0.9)
     loss, last10, own, _ = tables(read_results(sweep))
-    assert (loss.header, texts(loss)) == (["", "final"], {"fedavg": ["0.05"]})
-    assert texts(last10) == {"fedavg": ["15.50"]}  # the mean of 0.11 .. 0.20
-    assert texts(own) == {"fedavg": ["90.00"]} and own.title.startswith("mine: accuracy_own (%)")
+    assert (loss.header, texts(loss)) == (["", "final"], {"fedgen": ["0.05"]})
+    assert texts(last10) == {"fedgen": ["15.50"]}  # the mean of 0.11 .. 0.20
+    assert texts(own) == {"fedgen": ["90.00"]} and own.title.startswith("mine: accuracy_own (%)")
     assert last10.notes == ["1 seed."]
 
 
