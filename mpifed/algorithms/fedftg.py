@@ -45,7 +45,7 @@ from mpifed.algorithms.teachers import client_models, one_by_one, with_own_buffe
 from mpifed.learning.distillation import ensemble_logits
 from mpifed.learning.fine_tuning import Settings, label_batches, train_generator, train_student
 from mpifed.learning.generation import draw_noise, label_weights
-from mpifed.learning.local import Adam, Sgd
+from mpifed.learning.local import Adam, Plain, Sgd, parts_of
 from mpifed.models.generators import image_generator, latent_generator
 
 Count = Annotated[int, Range(ge=0)]
@@ -211,11 +211,8 @@ class FedFTG(Algorithm):
         student.load(base["model"], base.get("buffers", env.initial()[1]))
         generator.load(server["generator"], server["generator_buffers"])
         decay = self.lr_decay ** (round_ - 1)
-        student_parts, generator_parts = (
-            list(model.layout.views(model.parameters.detach()).values()) for model in (student, generator)
-        )
-        sgd = Sgd(student_parts, _Optimised(self.student_weight_decay), self.student_lr * decay)
-        adam = Adam(generator_parts, _Optimised(), self.generator_lr * decay)
+        sgd = Sgd(parts_of(student), Plain(self.student_weight_decay), self.student_lr * decay)
+        adam = Adam(parts_of(generator), Plain(), self.generator_lr * decay)
 
         def generate(noise: Tensor, labels: Tensor) -> Tensor:
             return generator.module(noise, labels).view(-1, *env.spec.input_shape)
@@ -284,12 +281,3 @@ class FedFTG(Algorithm):
 
     def received(self, state: State, down: Payload, env: Env, client: int) -> tuple[Tensor, Tensor]:
         return self.base.received(state, down, env, client)
-
-
-@dataclass(frozen=True)
-class _Optimised:
-    """What an optimiser asks of its settings."""
-
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    nesterov: bool = False

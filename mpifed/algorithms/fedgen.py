@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -41,7 +40,7 @@ from mpifed.algorithms.base import (
 from mpifed.algorithms.fedavg import FedAvg, averaged_buffers
 from mpifed.learning.generation import Noise, label_prior, label_weights
 from mpifed.learning.latent import EnsembleLoss, GeneratorLoss, Heads, RegularisedLoss, train_generator
-from mpifed.learning.local import Adam
+from mpifed.learning.local import Adam, Plain, parts_of
 from mpifed.models.classifier import Parts, split
 from mpifed.models.generators import latent_generator
 
@@ -295,8 +294,7 @@ class FedGen(FedAvg):
         """The generator's next state, having learned from the heads `[K, h]` of the round (equation 4)."""
         model = self.generator(env).model
         model.load(server["generator"], server["generator_statistics"])
-        tensors = list(model.layout.views(model.parameters.detach()).values())
-        adam = Adam(tensors, SimpleNamespace(weight_decay=self.generator_weight_decay), self.scheduled_lr(round_))
+        adam = Adam(parts_of(model), Plain(self.generator_weight_decay), self.scheduled_lr(round_))
         adam.restore(server["optimizer"])
         linear = self.parts(env).linear
         train_generator(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpifed.algorithms.base import Auxiliary, Model
-from mpifed.learning.local import Adam
+from mpifed.learning.local import Adam, parts_of, seed_dropout
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ def train_conditional_gan(
     for part in (generator, discriminator):
         part.model.load(part.parameters, part.buffers)
         part.model.train()
-    steps = {model: Adam(_parts(model), settings, settings.lr, (0.5, 0.999)) for model in (made, judge)}
-    torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=random)))  # of the judge's dropout
+    steps = {model: Adam(parts_of(model), settings, settings.lr, (0.5, 0.999)) for model in (made, judge)}
+    dropout = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=random)))  # of the judge
+    seed_dropout(dropout, labels.device)
     weights = 1.0 / torch.bincount(labels.cpu())[labels.cpu()].double()
 
     def draw() -> Tensor:
@@ -100,7 +101,3 @@ def generated(generator: Model, labels: Tensor, noise: int, random: torch.Genera
     generator.eval()
     with torch.no_grad():
         return generator.module(torch.randn(len(labels), noise, generator=random).to(labels.device), labels)
-
-
-def _parts(model: Model) -> list[Tensor]:
-    return list(model.layout.views(model.parameters.detach()).values())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from mpifed.algorithms.base import Model
-from mpifed.learning.local import Adam
+from mpifed.learning.local import Adam, Plain, parts_of
 
 LogitLoss = Literal["l1", "mse", "kl"]
 
@@ -113,7 +112,7 @@ def distil(
     `inputs(indices int64 [B])` -> model input `[B, ...]`; `samples` and `held_out` are indices. The teacher answers
     each sample once, whatever the number of passes.
     """
-    targets, measured = (_answers(teacher, inputs, indices, batch_size) for indices in (samples, held_out))
+    targets, measured = (answers_of(teacher, inputs, indices, batch_size) for indices in (samples, held_out))
 
     def disagreement() -> float:
         training = student.training
@@ -128,8 +127,7 @@ def distil(
     def copy() -> tuple[Tensor, Tensor]:
         return student.parameters.detach().clone(), student.buffers.clone()
 
-    parts = list(student.layout.views(student.parameters.detach()).values())
-    optimizer = Adam(parts, SimpleNamespace(weight_decay=0.0), lr)
+    optimizer = Adam(parts_of(student), Plain(), lr)
     with torch.no_grad():
         least, best, best_at = disagreement(), copy(), 0
     order, step = torch.empty(0, dtype=torch.int64), 0
@@ -151,9 +149,9 @@ def distil(
     return step
 
 
-def _answers(
+def answers_of(
     teacher: Callable[[Tensor], Tensor], inputs: Callable[[Tensor], Tensor], indices: Tensor, batch_size: int
 ) -> Tensor:
-    """The teacher's logits `[len(indices), C]`."""
+    """The logits `[k, C]` of `teacher` on the samples `inputs(indices)`, `indices` int64 `[k]`, without gradients."""
     with torch.no_grad():
         return torch.cat([teacher(inputs(part)) for part in indices.split(batch_size)])

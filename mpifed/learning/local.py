@@ -184,25 +184,35 @@ class Optimizer(Protocol):
         """Go on from what `state()` gave, an empty one being that of no step."""
 
 
+@dataclass(frozen=True)
+class Plain:
+    """Settings of an optimiser that is not the clients', for where no `[local]` applies."""
+
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    nesterov: bool = False
+
+
+def parts_of(model: Model) -> list[Tensor]:
+    """A model's parameters one by one, detached: what an optimiser of the model steps."""
+    return list(model.layout.views(model.parameters.detach()).values())
+
+
 def model_optimizer(model: Model, settings: Any, rate: float) -> Optimizer:
     """`make_optimizer` over all parameters of a model, with the decay of its head where `settings` ask for it."""
-    return _with_head_decay(model, settings, make_optimizer(_parts(model), settings, rate))
+    return _with_head_decay(model, settings, make_optimizer(parts_of(model), settings, rate))
 
 
 def adam_optimizer(model: Model, settings: Any, rate: float) -> Optimizer:
     """The same with Adam, whatever the `settings` name."""
-    return _with_head_decay(model, settings, Adam(_parts(model), settings, rate))
-
-
-def _parts(model: Model) -> list[Tensor]:
-    return list(model.layout.views(model.parameters.detach()).values())
+    return _with_head_decay(model, settings, Adam(parts_of(model), settings, rate))
 
 
 def _with_head_decay(model: Model, settings: Any, optimizer: Optimizer) -> Optimizer:
     if not settings.head_decay:
         return optimizer
     index = model.layout.names.index(HEAD)
-    return HeadDecay(optimizer, index, _parts(model)[index], settings.head_decay)
+    return HeadDecay(optimizer, index, parts_of(model)[index], settings.head_decay)
 
 
 def make_optimizer(parameters: list[Tensor], settings: Any, rate: float) -> Optimizer:

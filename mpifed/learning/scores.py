@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpifed.algorithms.base import ClientContext, Model
+from mpifed.learning.distillation import answers_of
 from mpifed.learning.local import Optimizer, one_pass, seed_dropout
 
 ScoreLoss = Callable[[Tensor, Tensor], Tensor]
@@ -18,8 +19,7 @@ ScoreLoss = Callable[[Tensor, Tensor], Tensor]
 def scores(model: Model, x: Callable[[Tensor], Tensor], indices: Tensor, batch_size: int = 256) -> Tensor:
     """Logits `[k, classes]` of the samples `x(indices)`, `indices` int64 `[k]`, in evaluation mode."""
     model.eval()
-    with torch.no_grad():
-        return torch.cat([model(x(part)) for part in indices.split(batch_size)])
+    return answers_of(model, x, indices, batch_size)
 
 
 def digest(
