@@ -18,7 +18,8 @@ SCAFFOLD takes the un-tuned average instead, though clients start from the tuned
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -42,6 +43,7 @@ from mpifed.algorithms.base import (
 )
 from mpifed.algorithms.fedavg import FedAvg
 from mpifed.algorithms.teachers import client_models, one_by_one, with_own_buffers
+from mpifed.algorithms.variants import OF_VARIANT, Variants, settle
 from mpifed.learning.distillation import ensemble_logits
 from mpifed.learning.fine_tuning import Settings, label_batches, train_generator, train_student
 from mpifed.learning.generation import draw_noise, label_weights
@@ -53,7 +55,7 @@ Positive = Annotated[float, Range(gt=0)]
 Weight = Annotated[float, Range(ge=0)]
 
 
-SWITCHES: dict[str, dict[str, Any]] = {
+VARIANTS: Variants = {
     "paper": {
         "discrepancy": "kl",
         "teacher_gradient": True,
@@ -75,7 +77,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "batch_norm": "train",
     },
 }
-"""What a variant means, where the job does not say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -112,24 +113,27 @@ class FedFTG(Algorithm):
     """lambda_dis: images of a batch differ as their noise does."""
 
     # the switches, in the paper's | the authors' code's meaning
-    discrepancy: Literal["kl", "l1"] | None = None
+    discrepancy: Literal["kl", "l1"] = OF_VARIANT
     """kl | l1: what the generator maximises, KL of the outputs or mean absolute difference of the logits."""
-    teacher_gradient: bool | None = None
+    teacher_gradient: bool = OF_VARIANT
     """true | false: the generator's gradient of the discrepancy goes through the teachers too."""
-    fidelity_weighting: Literal["sample", "mean"] | None = None
+    fidelity_weighting: Literal["sample", "mean"] = OF_VARIANT
     """sample | mean: the teachers' cross-entropy weighed sample by sample, or its mean by the mean weight."""
-    diversity: Literal["norm", "mean"] | None = None
+    diversity: Literal["norm", "mean"] = OF_VARIANT
     """norm | mean: distances of the diversity loss, Euclidean norms (equation 7), or mean absolute and mean squared."""
-    generator_update: Literal["joint", "per_client"] | None = None
+    generator_update: Literal["joint", "per_client"] = OF_VARIANT
     """joint | per_client: one step on the sum over the teachers, or one for each in turn."""
-    student_reduction: Literal["batch", "element"] | None = None
+    student_reduction: Literal["batch", "element"] = OF_VARIANT
     """batch | element: the student's loss is a mean over the batch, or over batch and classes."""
-    labels: Literal["sampled", "proportional"] | None = None
+    labels: Literal["sampled", "proportional"] = OF_VARIANT
     """sampled | proportional: how the round's labels follow the class counts."""
-    batch_norm: Literal["train", "restored", "frozen"] | None = None
+    batch_norm: Literal["train", "restored", "frozen"] = OF_VARIANT
     """train | train: batch normalisation of the student on generated images. `train`: running statistics move to theirs
     (the authors' code); `restored`: batch statistics while training, the clients' running ones afterwards; `frozen`:
     the clients' running ones throughout."""
+
+    def __post_init__(self) -> None:
+        settle(self, VARIANTS)
 
     def check(self, local: Any) -> None:
         if self.base.evaluates != "server" or type(self.base).phases is not Algorithm.phases:
@@ -138,16 +142,10 @@ class FedFTG(Algorithm):
             )
         self.base.check(local)
 
-    def switch(self, name: str) -> Any:
-        """A switch as the job says, or else as the variant does."""
-        given = getattr(self, name)
-        return SWITCHES[self.variant][name] if given is None else given
-
     @property
     def settings(self) -> Settings:
         """Of the two players."""
-        names = [name for name in SWITCHES["paper"] if name != "labels"]
-        return Settings(self.fidelity_weight, self.diversity_weight, **{name: self.switch(name) for name in names})
+        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
 
     # --- what crosses the network: the base's, with every client's model by itself ------------------------------------
     def down(self, env: Env) -> Mapping[str, Field]:
@@ -220,7 +218,7 @@ class FedFTG(Algorithm):
         def teachers(images: Tensor, some: slice = slice(None)) -> Tensor:
             return ensemble_logits(student, clients[0][some], clients[1][some], images)
 
-        for labels in label_batches(counts, self.iterations, self.batch_size, self.switch("labels"), random):
+        for labels in label_batches(counts, self.iterations, self.batch_size, self.labels, random):
             noise = draw_noise("normal", self.batch_size, self.noise, random).to(env.device)
             weights, labels = alpha[:, labels].to(env.device), labels.to(env.device)
             for _ in range(self.generator_steps):
@@ -262,10 +260,7 @@ class FedFTG(Algorithm):
 
     def phases(self, env: Env) -> tuple[Phase, ...]:
         down, up = self.down(env), self.up(env)
-
-        def server(server: State, uploads: Uploads, round_: int) -> State:
-            return self.server_step(env, server, uploads, round_)
-
+        server = partial(self.server_step, env)
         return (Phase("train", lambda t: down, lambda t: up, self.download, self.client, server),)
 
     # --- what is the base's to say ------------------------------------------------------------------------------------

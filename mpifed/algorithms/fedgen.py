@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field as Range
@@ -38,6 +39,7 @@ from mpifed.algorithms.base import (
     Uploads,
 )
 from mpifed.algorithms.fedavg import FedAvg, averaged_buffers
+from mpifed.algorithms.variants import OF_VARIANT, Variants, settle
 from mpifed.learning.generation import Noise, label_prior, label_weights
 from mpifed.learning.latent import EnsembleLoss, GeneratorLoss, Heads, RegularisedLoss, train_generator
 from mpifed.learning.local import Adam, Plain, parts_of
@@ -49,10 +51,7 @@ Positive = Annotated[int, Range(ge=1)]
 Weight = Annotated[float, Range(ge=0)]
 Decay = Annotated[float, Range(gt=0, le=1)]
 
-OF_VARIANT: Any = None
-"""Default of a switch: what `variant` says."""
-
-VARIANTS: Mapping[str, Mapping[str, Any]] = {
+VARIANTS: Variants = {
     "paper": {
         "weighting": "uniform",
         "generated_weight": 1.0,
@@ -148,9 +147,7 @@ class FedGen(FedAvg):
     """Generated samples beside each local batch; 0: as many as `local.batch_size`."""
 
     def __post_init__(self) -> None:
-        for name, value in VARIANTS[self.variant].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        settle(self, VARIANTS)
 
     @property
     def evaluates(self) -> Literal["server", "clients", "both"]:  # type: ignore[override]
@@ -192,9 +189,7 @@ class FedGen(FedAvg):
     def phases(self, env: Env) -> tuple[Phase, ...]:
         first, later, up = self.fields_down(env, 1), self.fields_down(env, 2), self.up(env)
 
-        def server(server: State, uploads: Uploads, round_: int) -> State:
-            return self.server_step(env, server, uploads, round_)
-
+        server = partial(self.server_step, env)
         return (Phase("train", lambda t: later if t > 1 else first, lambda t: up, self.download, self.client, server),)
 
     # --- server: send -------------------------------------------------------------------------------------------------

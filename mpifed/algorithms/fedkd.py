@@ -19,8 +19,8 @@ only adds. Where paper and code differ is a switch each; `docs/algorithms/fedkd.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field as Range
@@ -28,11 +28,12 @@ from torch import Tensor
 
 from mpifed.algorithms.base import Absent, ClientContext, Env, Field, Payload, Phase, Reply, State, Uploads
 from mpifed.algorithms.fedavg import FedAvg
+from mpifed.algorithms.variants import OF_VARIANT, Variants, settle
 from mpifed.learning.mutual import Mutual, mutual_training, projection_shapes
 
 Weight = Annotated[float, Range(ge=0)]
 
-SWITCHES: dict[str, dict[str, Any]] = {
+VARIANTS: Variants = {
     "paper": {
         "projection": True,
         "kl": "batchmean",
@@ -52,7 +53,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "optimizer_state": "kept",
     },
 }
-"""What a variant means, where the job does not say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -78,31 +78,28 @@ class FedKD(FedAvg):
     """Divide these terms by D, the sum of both task losses."""
     mentor_lr: Annotated[float, Range(gt=0)] | None = None
     """Learning rate of the mentor in round 1; `local.lr`, which is the mentee's, unless given."""
-    projection: bool | None = None
+    projection: bool = OF_VARIANT
     """A learnable matrix W^h between the hidden states of every pair of layers, kept by the client."""
-    kl: Literal["batchmean", "mean"] | None = None
+    kl: Literal["batchmean", "mean"] = OF_VARIANT
     """The divergence of a sample (`batchmean`), or that over the number of classes (`mean`)."""
-    gradients: Literal["own", "sum"] | None = None
+    gradients: Literal["own", "sum"] = OF_VARIANT
     """A model follows the gradient of its own loss, or both that of the sum, with the hidden loss twice."""
-    detach_targets: bool | None = None
+    detach_targets: bool = OF_VARIANT
     """The other model's predictions are constants; of importance with `gradients = "sum"` only."""
-    detach_denominator: bool | None = None
+    detach_denominator: bool = OF_VARIANT
     """D is a constant."""
-    epsilon: Weight | None = None
+    epsilon: Weight = OF_VARIANT
     """Added to D."""
-    optimizer_state: Literal["fresh", "kept"] | None = None
+    optimizer_state: Literal["fresh", "kept"] = OF_VARIANT
     """Optimisers begin anew every round, or go on where the client's last round left them."""
 
-    def switch(self, name: str) -> Any:
-        """A switch as the job says, or else as the variant does."""
-        given = getattr(self, name)
-        return SWITCHES[self.variant][name] if given is None else given
+    def __post_init__(self) -> None:
+        settle(self, VARIANTS)
 
     @property
     def mutual(self) -> Mutual:
         """The losses."""
-        switches = {name: self.switch(name) for name in SWITCHES["paper"] if name != "optimizer_state"}
-        return Mutual(self.distillation, self.hidden, self.attention, self.adaptive, **switches)
+        return Mutual(**{field.name: getattr(self, field.name) for field in fields(Mutual)})
 
     def check_models(self, env: Env, client: int) -> None:
         projection_shapes(self.mutual, env.model(client), env.model(), env)
@@ -152,7 +149,7 @@ class FedKD(FedAvg):
             "mentor_buffers": mentor.buffers.clone(),
             "projection": dict(zip(matrices, projections, strict=True)),
         }
-        if self.switch("optimizer_state") == "kept":
+        if self.optimizer_state == "kept":
             state["optimizers"] = optimizers
         # The mentee stays where it was until the mean of all arrives; of running statistics, only shared ones do.
         upload = {"update": mentee.parameters.detach() - state["mentee"]}
