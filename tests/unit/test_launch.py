@@ -38,7 +38,8 @@ def one_rank_raises() -> None:
 
 
 def test_output_and_exit_code_come_back() -> None:
-    program = "import sys; print('out'); print('err', file=sys.stderr)"
+    # each line in one write: `print` makes two of them, and another rank's may come in between
+    program = "import sys; sys.stdout.write('out\\n'); sys.stderr.write('err\\n')"
     finished = launch(2, ["-c", program], timeout=START_UP)
     assert finished.returncode == 0
     assert finished.stdout.split() == ["out", "out"]
