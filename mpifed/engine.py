@@ -282,7 +282,7 @@ class Engine:
         """A client's part in a phase: next state, answer, and the numbers that it logged."""
         federation, env = self.federation, self.federation.env
         tests = self.algorithm.evaluates != "server"
-        samples, mean = federation.samples(client), federation.mean_examples
+        samples, mean = partial(federation.samples, client), federation.mean_examples
         test = self._evaluate if tests else None
         ctx = Context(env, client, round_, phase.name, samples, mean, self.job.local, test)
         given = [*down.items(), *leaves(state)]

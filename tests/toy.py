@@ -111,7 +111,7 @@ def context(
     """One client with these samples; `local` are keys of the job's `[local]`."""
     labels = torch.zeros(len(x), dtype=torch.int64) if y is None else y
     mean = len(x) if mean_examples is None else mean_examples
-    return Context(env, client, round_, "train", (x, labels), mean, LocalTraining(**local))
+    return Context(env, client, round_, "train", lambda: (x, labels), mean, LocalTraining(**local))
 
 
 class Simulation:

@@ -44,8 +44,8 @@ class Field:
     `shape` may hold one `None` for a length that only the sender knows (then the field is `Each`, or a download).
     `layout` names the tensors inside a flat vector, for codecs that compress matrix by matrix. A download with
     `to="each"` has one more axis in front, `[clients of the phase, *shape]` or, where the server does not know who that
-    will be, `[clients of the federation, *shape]`, and every client gets its own row;
-    with `to="everybody"` absent clients are sent it as well, and it is counted for each of them.
+    will be, `[clients of the federation, *shape]`, and every client gets its own row; with `to="everybody"` absent
+    clients are sent it as well, and it is counted for each of them.
     """
 
     shape: tuple[int | None, ...]
@@ -131,12 +131,15 @@ class PublicSet(Protocol):
     """The public data set of the job (`[data.public]`): the server and every client have it whole."""
 
     labels: Tensor  # int64 [samples], on the CPU
-    classes: int  # its own; with `classes = "union"` the clients' private labels begin after them
+    classes: int  # its own; with `public_classes = "union"` the clients' private labels begin after them
 
     def __len__(self) -> int: ...
 
     def x(self, indices: Tensor) -> Tensor:
-        """Those samples as model input, float32 `[k, *input_shape]` on the device; `indices` int64 `[k]`."""
+        """Those samples as model input `[k, *input_shape]` on the device: float32, standardised, or int64 token ids.
+
+        `indices` int64 `[k]`.
+        """
 
 
 class Auxiliary(NamedTuple):
@@ -194,13 +197,28 @@ class ClientContext(Protocol):
     round: int  # from 1
     phase: str
     env: Env
-    examples: int
-    relative_examples: float  # examples over the mean of all clients'
-    label_counts: Tensor  # int64 [classes]
-    x: Tensor  # [examples, *input_shape] on the device: float32, standardised, or int64 token ids
-    y: Tensor  # int64 [examples]
     model: Model  # the client's own where models differ, else the shared one; to be loaded first
     local: Any  # the job's [local] (mpifed.job.LocalTraining)
+
+    @property
+    def x(self) -> Tensor:
+        """The client's samples `[examples, *input_shape]` on the device: float32, standardised, or int64 token ids."""
+
+    @property
+    def y(self) -> Tensor:
+        """Their labels, int64 `[examples]`."""
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+
+    @property
+    def relative_examples(self) -> float:
+        """That over the mean of all clients'."""
+
+    @property
+    def label_counts(self) -> Tensor:
+        """How many there are of each class, int64 `[classes]`, on the CPU."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator for (seed, purpose, round, client)."""

@@ -197,7 +197,7 @@ class FAug(Algorithm):
         """The device with its generated samples."""
         if "samples" not in state or len(state["labels"]) == 0:
             return ctx
-        more = copy(ctx)
+        more: Any = copy(ctx)
         more.x = torch.cat([ctx.x, ctx.env.spec.standardise(state["samples"])])
         more.y = torch.cat([ctx.y, state["labels"]])
         more.examples = len(more.y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ class Context:
         client: int,
         round_: int,
         phase: str,
-        samples: tuple[Tensor, Tensor],
+        samples: Callable[[], tuple[Tensor, Tensor]],
         mean_examples: float,
         local: Any,
         test: Callable[[tuple[Tensor, Tensor], int], Mapping[str, float]] | None = None,
@@ -130,14 +131,37 @@ class Context:
         self.id = client
         self.round = round_
         self.phase = phase
-        self.x, self.y = samples
-        self.examples = len(self.y)
-        self.relative_examples = self.examples / mean_examples
-        self.label_counts = torch.bincount(self.y.cpu(), minlength=env.spec.classes)
+        self._samples = samples
+        self._mean_examples = mean_examples
         self.model: Model = env.model(client)
         self.local = local
         self.logged: dict[str, float] = {}
         self._test = test
+
+    # Taken when they are first asked for: not every phase looks at a client's samples.
+    @cached_property
+    def x(self) -> Tensor:
+        return self._taken[0]
+
+    @cached_property
+    def y(self) -> Tensor:
+        return self._taken[1]
+
+    @cached_property
+    def _taken(self) -> tuple[Tensor, Tensor]:
+        return self._samples()
+
+    @cached_property
+    def examples(self) -> int:
+        return len(self.y)
+
+    @cached_property
+    def relative_examples(self) -> float:
+        return self.examples / self._mean_examples
+
+    @cached_property
+    def label_counts(self) -> Tensor:
+        return torch.bincount(self.y.cpu(), minlength=self.env.spec.classes)
 
     def generator(self, purpose: str) -> torch.Generator:
         return torch_generator(self.env.seed, purpose, self.round, self.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +302,8 @@ def test_local_is_training_alone(tmp_path: Path) -> None:
     for client in range(CLIENTS):
         state = federation.env.initial()
         for round_ in range(1, ROUNDS + 1):
-            ctx = Context(federation.env, client, round_, "train", federation.samples(client), 1.0, job.local)
+            samples = partial(federation.samples, client)
+            ctx = Context(federation.env, client, round_, "train", samples, 1.0, job.local)
             ctx.model.load(*state)
             local_training(ctx)
             state = ctx.model.parameters.detach().clone(), ctx.model.buffers.clone()

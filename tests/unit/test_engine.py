@@ -33,7 +33,8 @@ from mpifed.comm.communicator import Communicator
 from mpifed.comm.inprocess import InProcess, run_ranks
 from mpifed.engine import Clock, Engine
 from mpifed.errors import TooFewReplies
-from tests.algorithm_table import CLIENTS, Outcome, assert_same_bits, engine_of, job_of, run
+from mpifed.federation.federation import Federation
+from tests.algorithm_table import CLIENTS, ROWS, Outcome, assert_same_bits, engine_of, job_of, run
 from tests.mpi.checks import recorded
 
 HERE = "tests.unit.test_engine"
@@ -487,3 +488,19 @@ def test_clock_counts_no_second_twice() -> None:
             time.sleep(0.01)
     passed = time.perf_counter() - began
     assert passed - 0.005 < sum(clock.take().values()) <= passed
+
+
+def test_samples_are_taken_only_by_who_looks_at_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedKD's `apply` asks all five clients, and only the three that train look at their samples."""
+    taken: list[int] = []
+    samples = Federation.samples
+
+    def counted(self: Federation, client: int) -> tuple[Tensor, Tensor]:
+        taken.append(client)
+        return samples(self, client)
+
+    monkeypatch.setattr(Federation, "samples", counted)
+    row = next(row for row in ROWS if row.id == "fedkd")
+    job = job_of(row, rounds=1)
+    run(job, tmp_path)
+    assert tuple(taken) == engine_of(job, InProcess.alone(), tmp_path / "new").federation.roster.sample(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ LOCAL_STATISTICS = {"name": "tests.algorithm_table:model", "buffers": "local"}
 
 def trained(federation: Federation, client: int, round_: int, model: Tensor, buffers: Tensor) -> tuple[Tensor, Tensor]:
     """What one client makes of a model."""
-    ctx = Context(federation.env, client, round_, "train", federation.samples(client), 1.0, federation.job.local)
+    ctx = Context(
+        federation.env, client, round_, "train", partial(federation.samples, client), 1.0, federation.job.local
+    )
     ctx.model.load(model, buffers)
     local_training(ctx)
     return ctx.model.parameters.detach().clone(), ctx.model.buffers.clone()

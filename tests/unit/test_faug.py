@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def contexts(job: Job) -> list[Context]:
     """Every client of a job in its first phase."""
     federation = Federation.build(job, InProcess.alone())
     return [
-        Context(federation.env, client, 1, "seeds", federation.samples(client), 1.0, job.local)
+        Context(federation.env, client, 1, "seeds", partial(federation.samples, client), 1.0, job.local)
         for client in range(federation.clients)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,9 @@ def watched(table: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 def trained_by(client: int, round_: int, federation: Federation, server: dict[str, Tensor]) -> Tensor:
     """What FedAvg's client makes of the server's model, `[d]`."""
     algorithm: Any = federation.algorithm
-    ctx = Context(federation.env, client, round_, "train", federation.samples(client), 1.0, federation.job.local)
+    ctx = Context(
+        federation.env, client, round_, "train", partial(federation.samples, client), 1.0, federation.job.local
+    )
     algorithm.client({}, algorithm.download(server, round_), ctx)
     return ctx.model.parameters.detach().clone()
 
@@ -293,7 +296,7 @@ def test_a_client_goes_on_from_its_own_body_and_the_servers_head(tmp_path: Path)
     for client in range(CLIENTS):
         body = {"body": parts.body(head), "buffers": env.initial()[1]}
         for round_, sent in ((1, parts.head(head)), (2, one.server["head"])):
-            ctx = Context(env, client, round_, "train", federation.samples(client), 1.0, federation.job.local)
+            ctx = Context(env, client, round_, "train", partial(federation.samples, client), 1.0, federation.job.local)
             ctx.model.load(parts.join(body["body"], sent), body["buffers"])
             local_training(ctx)
             model = ctx.model.parameters.detach().clone()
