@@ -202,10 +202,12 @@ def fedgen(sizes: Sizes, round_: int) -> dict[str, int]:
 
 
 def fedgen_head(sizes: Sizes, round_: int) -> dict[str, int]:
-    """The head alone, and the rest as above."""
+    """The head and its weight alone, and the rest as above."""
     count, head = sizes.participants, HIDDEN * CLASSES + CLASSES
     fields = {"down.head": head, "up.head_update": head, "up.label_counts": sizes.classes}
-    return {kind: 4 * size * count for kind, size in (fields | generated(sizes, round_)).items()}
+    return {"up.weight": 8 * count} | {
+        kind: 4 * size * count for kind, size in (fields | generated(sizes, round_)).items()
+    }
 
 
 def generated(sizes: Sizes, round_: int) -> dict[str, int]:
@@ -214,11 +216,6 @@ def generated(sizes: Sizes, round_: int) -> dict[str, int]:
     parameters = (noise + sizes.classes) * hidden + hidden + 2 * hidden + hidden * HIDDEN + HIDDEN
     fields = {"down.generator": parameters, "down.generator_statistics": 2 * hidden, "down.label_prior": sizes.classes}
     return fields if round_ > 1 else {}
-
-
-def unweighted(of: Callable[[Sizes, int], dict[str, int]]) -> Callable[[Sizes, int], dict[str, int]]:
-    """The same where clients count equally."""
-    return lambda sizes, round_: {kind: size for kind, size in of(sizes, round_).items() if kind != "up.weight"}
 
 
 def nothing(sizes: Sizes, round_: int) -> dict[str, int]:
@@ -362,6 +359,11 @@ ROWS: tuple[Row, ...] = (
         local=ADAM | {"head_decay": 0.01},
         changes={"data": PUBLIC, "transfer": TRANSFER | {"private_validation": 0.2}},
     ),
+    Row("fedgen", FEDGEN, fedgen),
+    Row("fedgen-official", FEDGEN | {"variant": "official"}, fedgen),
+    Row("fedgen-head", FEDGEN | {"share": "head"}, fedgen_head, stateful=True, evaluates="clients"),
+    Row("fedensemble", {"name": "fedensemble"}, model_both_ways, sends_statistics=True),
+    Row("feddf", FEDDF, model_both_ways, sends_statistics=True, changes={"data": PUBLIC}),
     Row("local", {"name": "local"}, nothing, stateful=True, evaluates="clients"),
     Row("pooled", {"name": "pooled"}, nothing, stateful=True, evaluates="clients"),
 )

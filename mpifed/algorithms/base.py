@@ -34,7 +34,7 @@ class Mean:
 class Each:
     """One tensor per reply, in the order of client ids; `weights` are those of its mean, should one be asked for."""
 
-    weights: Literal["reply", "uniform"] = "reply"
+    weights: Literal["reply", "uniform"] = "uniform"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Field:
     def __post_init__(self) -> None:
         if self.shape.count(None) > 1:
             raise ValueError(f"a field may have one unknown length, not {self.shape}")
+
+
+def takes_weights(fields: Mapping[str, Field]) -> bool:
+    """Whether the mean of one of these uploaded fields takes the replies' weights, which then count as uploaded too."""
+    return any(getattr(declared.reduce, "weights", "uniform") == "reply" for declared in fields.values())
 
 
 # --- what a client answers --------------------------------------------------------------------------------------------
@@ -87,7 +92,7 @@ class Uploads(Protocol):
         """Their weights, float64 `[clients]`."""
 
     def mean(self, field: str) -> Tensor:
-        """The mean of a `Mean` field; of an `Each` field too, with the replies' weights, computed alike bit for bit."""
+        """The mean of a `Mean` field; of an `Each` field too, computed alike bit for bit."""
 
     def sum(self, field: str) -> Tensor:
         """The sum of a `Sum` field, or of an `Each` field."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifed.algorithms.base import Each, Field, Mean, Reply
+from mpifed.algorithms.base import Each, Field, Reply, takes_weights
 from mpifed.codecs import Codec
 from mpifed.comm.collection import (
     Announcement,
@@ -268,9 +268,7 @@ class Exchange:
             peaks = [float(table[place[client], column_of_peaks]) for client in clients]
             bounds[name] = bound(peaks, [factor_of(fields[name].reduce, weights[client]) for client in clients])
         logical: Sizes = {("up", name): nbytes[name] for name in fields}
-        if any(
-            isinstance(declared.reduce, Mean) and declared.reduce.weights == "reply" for declared in fields.values()
-        ):
+        if takes_weights(fields):
             logical["up", WEIGHT] = dict.fromkeys(clients, 8)
         return Announcement(clients, weights, nbytes, lengths, bounds, logical)
 

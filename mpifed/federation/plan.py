@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpifed.algorithms.base import Field, Mean
+from mpifed.algorithms.base import Field, takes_weights
 from mpifed.comm.ledger import WEIGHT
 from mpifed.federation.federation import Federation
 
@@ -26,7 +26,7 @@ def planned_bytes(federation: Federation) -> tuple[dict[str, int], list[str]]:
                     else:
                         key = f"{direction}.{name}"
                         totals[key] = totals.get(key, 0) + size * receivers
-            if any(isinstance(f.reduce, Mean) and f.reduce.weights == "reply" for f in phase.up(round_).values()):
+            if takes_weights(phase.up(round_)):
                 totals[f"up.{WEIGHT}"] = totals.get(f"up.{WEIGHT}", 0) + 8 * asked
     return totals, sorted(set(open_kinds))
 

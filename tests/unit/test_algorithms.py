@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mpifed.algorithms import ALGORITHMS
 from mpifed.algorithms.base import ClientContext, Phase, Uploads
 from mpifed.algorithms.fedavg import FedAvg
 from mpifed.algorithms.feddyn import FedDyn
@@ -45,6 +46,10 @@ from tests.algorithm_table import (
 from tests.toy import Quadratic, Simulation, close, quadratic
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+
+
+def test_every_algorithm_is_in_the_table() -> None:
+    assert {row.table["name"] for row in ROWS} == set(ALGORITHMS)
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_by_hand(dtype: torch.dtype, reduction: str) -> None:
             (Sum(), Received.sum, (12, 24)),
             (Mean("uniform"), Received.mean, (4, 8)),
             (Mean(), Received.mean, (5, 10.5 if dtype.is_floating_point else 10)),
-            (Each(), Received.mean, (5, 10.5 if dtype.is_floating_point else 10)),
+            (Each("reply"), Received.mean, (5, 10.5 if dtype.is_floating_point else 10)),
             (Each("uniform"), Received.mean, (4, 8)),
             (Each(), Received.sum, (12, 24)),
         ):
@@ -190,7 +190,7 @@ FUSED = {
     "fine": Field((5,), torch.float64, Mean("uniform")),
     "flag": Field((1,), torch.uint8, Sum()),
     "count": Field((2,), torch.int64, Sum()),
-    "single": Field((37,), torch.float32, Each()),
+    "single": Field((37,), torch.float32, Each("reply")),
 }
 """Fields of every size of element, so that slices begin inside some of them."""
 
@@ -330,7 +330,9 @@ def test_weight_zero(reduction: str) -> None:
 
 
 def test_weights_count_eight_bytes_where_some_mean_uses_them() -> None:
-    for reduce, expected in ((Mean(), {0: 8, 1: 8}), (Mean("uniform"), None), (Sum(), None), (Each(), None)):
+    weighed = {0: 8, 1: 8}
+    unweighed = (Mean("uniform"), Sum(), Each())
+    for reduce, expected in ((Mean(), weighed), (Each("reply"), weighed), *((rule, None) for rule in unweighed)):
         fields = {"f": Field((2,), reduce=reduce), "g": Field((), reduce=Sum())}
         replies = {client: Reply({"f": torch.ones(2), "g": torch.ones(())}) for client in range(2)}
         assert upload(fields, replies).known.logical.get(("up", "weight")) == expected
@@ -658,7 +660,7 @@ def test_replies_on_one_rank_only() -> None:
     """Ranks without a reply take part in every collective with nothing."""
     replies: dict[int, Reply | None] = {client: None for client in range(6)}
     replies[4] = Reply({"f": torch.tensor([2.0])}, 3.0)
-    for reduce, take in ((Mean(), Received.mean), (Sum(), Received.sum), (Each(), Received.mean)):
+    for reduce, take in ((Mean(), Received.mean), (Sum(), Received.sum), (Each("reply"), Received.mean)):
         for reduction in ("ordered", "tree"):
             uploads = upload({"f": Field((1,), reduce=reduce)}, replies, 4, reduction).uploads
             assert tuple(uploads.clients) == (4,) and take(uploads, "f").item() == 2.0

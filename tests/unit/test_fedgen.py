@@ -277,7 +277,7 @@ def test_sharing_heads_moves_nothing_else(tmp_path: Path) -> None:
     outcome = run(job_of(HEAD), tmp_path, 3)
     kinds = {kind for _, kind in outcome.logical()}
     generated = {"down.generator", "down.generator_statistics", "down.label_prior"}
-    assert kinds == {"down.head", "up.head_update", "up.label_counts"} | generated
+    assert kinds == {"down.head", "up.head_update", "up.label_counts", "up.weight"} | generated
     assert "model" not in outcome.server and "buffers" not in outcome.server
     bodies = [record["state"]["body"] for record in outcome.clients.values()]
     assert len(bodies) > 2
