@@ -134,7 +134,6 @@ def _job(arguments: argparse.Namespace, comm: Communicator) -> tuple[Job, RunFol
 def _read_job(arguments: argparse.Namespace) -> tuple[Job, RunFolder | None]:
     from mpifed.job import check_resume, load
     from mpifed.storage.run_folder import RunFolder
-    from mpifed.sweep.plan import is_sweep
 
     files = [word for word in arguments.job if _is_file(word)]
     overrides = [word for word in arguments.job if not _is_file(word)]
@@ -150,13 +149,23 @@ def _read_job(arguments: argparse.Namespace) -> tuple[Job, RunFolder | None]:
         if job.out != old.out:
             raise BadInput("out: a resumed run stays in its folder; leave it out")
         return job, folder
+    return read_job(arguments.job), None
+
+
+def read_job(words: Sequence[str]) -> Job:
+    """The job of a file, or the default one, with the overrides `key=value` among these words. Raises BadInput."""
+    from mpifed.job import load
+    from mpifed.sweep.plan import is_sweep
+
+    files = [word for word in words if _is_file(word)]
+    overrides = [word for word in words if not _is_file(word)]
     if len(files) > 1:
         raise BadInput(f"one job file at a time, not {' and '.join(files)}")
     if files and is_sweep(files[0]):
         raise BadInput(f"{files[0]} is a sweep, of many jobs: python -m mpifed sweep {files[0]}")
     if not files:
-        return load(None, overrides, "the default job"), None
-    return load(_text(Path(files[0])), overrides, files[0]), None
+        return load(None, overrides, "the default job")
+    return load(_text(Path(files[0])), overrides, files[0])
 
 
 def _is_file(word: str) -> bool:

@@ -35,7 +35,8 @@ class Codec(Protocol):
     """What it does depends on the progress, and so on the number of rounds."""
 
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> int | None:
-        """Encoded bytes where the shape alone decides them, else None."""
+        """Encoded bytes where the shape alone decides them, else None; then `bounds`, of the same arguments, gives the
+        least and the most, where a codec knows them."""
 
     def encode(
         self, value: Tensor, layout: Layout | None, memory: State, progress: float, seed: int = 0
@@ -47,6 +48,15 @@ class Codec(Protocol):
 
     def decode(self, data: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> Tensor:
         """The bytes -> a tensor of that shape and dtype."""
+
+
+def bounds(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> tuple[int, int | None]:
+    """The least and the most encoded bytes of a value; None where nothing is known of the most."""
+    size = codec.nbytes(shape, dtype, layout)
+    if size is not None:
+        return size, size
+    limits = getattr(codec, "bounds", None)
+    return (0, None) if limits is None else limits(shape, dtype, layout)
 
 
 def parse(text: str, key: str) -> tuple[str, dict[str, Any]]:

@@ -69,6 +69,12 @@ class Svd:
         """None where there are matrices: the values decide about ranks."""
         return None if self._matrices(shape, dtype, layout) else math.prod(shape) * dtype.itemsize
 
+    def bounds(self, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout | None) -> tuple[int, int]:
+        """Least and most encoded bytes: all matrices zero, so that tags are left of them, and all as they are."""
+        matrices = self._matrices(shape, dtype, layout)
+        tags, others = 4 * len(matrices), math.prod(shape) - sum(part.size for part in matrices)
+        return tags + others * dtype.itemsize, tags + math.prod(shape) * dtype.itemsize
+
     def encode(
         self, value: Tensor, layout: Layout | None, memory: State, progress: float, seed: int = 0
     ) -> tuple[Tensor, State]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,6 +133,56 @@ def added_exactly(declared: Field, elements: int, plain: bool) -> bool:
     return plain and dtype.is_floating_point and dtype.itemsize <= 4 and elements >= EXACT_ELEMENTS
 
 
+def sums_exactly(declared: Field, reduction: Literal["ordered", "tree"], plain: bool) -> bool:
+    """Whether an uploaded field is added exactly on each rank, so that one sum a rank is collected."""
+    if reduction != "ordered" or isinstance(declared.reduce, Each):
+        return False
+    return added_exactly(declared, torch.Size(full_shape(declared, 0)).numel(), plain)
+
+
+class Ways(NamedTuple):
+    """The fields of an upload by the way in which they are collected, in order."""
+
+    whole: list[str]  # gathered as they are
+    exact: list[str]  # added exactly
+    sliced: list[str]  # gathered slice by slice, the largest elements first
+    single: list[str]  # added by MPI in float32
+    double: list[str]  # and in float64
+
+
+def ways(
+    fields: Mapping[str, Field],
+    reduction: Literal["ordered", "tree"],
+    is_exact: Callable[[str], bool],
+    is_plain: Callable[[str], bool],
+) -> Ways:
+    """The way of each field; by what is declared, so that every rank knows it, and a plan too."""
+    found = Ways([], [], [], [], [])
+    for name, declared in fields.items():
+        if isinstance(declared.reduce, Each):
+            found.whole.append(name)
+        elif reduction == "tree":
+            (found.single if declared.dtype == torch.float32 else found.double).append(name)
+        elif is_exact(name):
+            found.exact.append(name)
+        elif is_plain(name):
+            found.sliced.append(name)
+        else:
+            found.whole.append(name)
+    found.sliced.sort(key=lambda name: -fields[name].dtype.itemsize)  # so that every element is aligned in a fused row
+    return found
+
+
+def exact_slice(givers: int) -> int:
+    """Elements of an exact sum that are added at a time, where so many ranks have replies."""
+    return max(1, SLICE_BYTES // 8 // (max(1, givers) if givers <= GATHERED_RANKS else 1))
+
+
+def gathered_slice(replies: int) -> int:
+    """Bytes of every reply's row that are gathered at a time."""
+    return max(8, SLICE_BYTES // max(1, replies) // 8 * 8)
+
+
 def factor_of(rule: Any, weight: float) -> float:
     """What a reply of that weight is multiplied by in a sum."""
     return weight if getattr(rule, "weights", "uniform") == "reply" else 1.0
@@ -176,28 +226,17 @@ class Collection:
 
     def run(self, reduction: Literal["ordered", "tree"]) -> Received | None:
         """What rank 0 receives; None on the others."""
-        whole, exact, sliced, reduced = [], [], [], []
-        for name, declared in self._fields.items():
-            if isinstance(declared.reduce, Each):
-                whole.append(name)
-            elif reduction == "tree":
-                reduced.append(name)
-            elif name in self._known.bounds:
-                exact.append(name)
-            elif self._codec("up", name).plain:
-                sliced.append(name)
-            else:
-                whole.append(name)
-        if whole:
-            self._gather_whole(whole)
-        for name in exact:
+        plain = {name: self._codec("up", name).plain for name in self._fields}
+        found = ways(self._fields, reduction, self._known.bounds.__contains__, plain.__getitem__)
+        if found.whole:
+            self._gather_whole(found.whole)
+        for name in found.exact:
             self._reduce_exactly(name)
-        if sliced:  # the largest elements first, so that every element is aligned in the fused row
-            self._gather_slices(sorted(sliced, key=lambda name: -self._fields[name].dtype.itemsize))
-        for on_the_wire in (torch.float32, torch.float64):
-            group = [n for n in reduced if (self._fields[n].dtype == torch.float32) == (on_the_wire == torch.float32)]
-            if group:
-                self._reduce(group, on_the_wire)
+        if found.sliced:
+            self._gather_slices(found.sliced)
+        for names, on_the_wire in ((found.single, torch.float32), (found.double, torch.float64)):
+            if names:
+                self._reduce(names, on_the_wire)
         return self._received if self._comm.rank == 0 else None
 
     def _gather_whole(self, names: Sequence[str]) -> None:
@@ -229,7 +268,7 @@ class Collection:
         total = torch.zeros(elements if self._comm.rank == 0 else 0, dtype=torch.float64)
         givers = sum(bool(clients) for clients in self._by_rank)
         few = givers <= GATHERED_RANKS
-        step = max(1, SLICE_BYTES // 8 // (max(1, givers) if few else 1))
+        step = exact_slice(givers)
         for low in range(0, elements, step):
             high = min(low + step, elements)
             part = add_exactly([value[low:high] for value in values], factors, high - low, limit)
@@ -262,7 +301,7 @@ class Collection:
             self._received.totals[name] = torch.zeros(self._elements(name), dtype=torch.float64)
         rows = [fused(self._outgoing[client].data[name] for name in names) for client in self._here]
         row_bytes = sum(sizes.values())
-        step = max(8, SLICE_BYTES // max(1, len(self._known.clients)) // 8 * 8)
+        step = gathered_slice(len(self._known.clients))
         for low in range(0, row_bytes, step):
             high = min(low + step, row_bytes)
             spans = list(_spans(names, sizes, low, high))

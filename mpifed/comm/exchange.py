@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifed.algorithms.base import Each, Field, Reply, takes_weights
+from mpifed.algorithms.base import Field, Reply, takes_weights
 from mpifed.codecs import Codec
 from mpifed.comm.collection import (
     Announcement,
@@ -23,10 +23,10 @@ from mpifed.comm.collection import (
     Outgoing,
     Received,
     Sizes,
-    added_exactly,
     factor_of,
     full_shape,
     fused,
+    sums_exactly,
 )
 from mpifed.comm.communicator import CONTROL, Communicator
 from mpifed.comm.ledger import WEIGHT, label
@@ -273,9 +273,7 @@ class Exchange:
         return Announcement(clients, weights, nbytes, lengths, bounds, logical)
 
     def _is_added_exactly(self, name: str, declared: Field) -> bool:
-        if self._reduction != "ordered" or isinstance(declared.reduce, Each):
-            return False
-        return added_exactly(declared, torch.Size(full_shape(declared, 0)).numel(), self._codec("up", name).plain)
+        return sums_exactly(declared, self._reduction, self._codec("up", name).plain)
 
     def collect(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 from mpifed.algorithms.base import Algorithm, Model, field_names
 from mpifed.codecs import Codec, make
 from mpifed.comm.communicator import Communicator
+from mpifed.comm.imagined import Imagined
 from mpifed.component import accepts
 from mpifed.data.partition import Partition
 from mpifed.data.public import Public, Relabelled, Rest
@@ -71,6 +72,12 @@ class Federation:
         device = agree_on_device(job, comm, hosts)
         federation: Federation = on_every_rank(comm, lambda: cls._build(job, comm, hosts, device))
         return federation
+
+    @classmethod
+    def planned(cls, job: Job, hosts: Sequence[str]) -> Federation:
+        """The same for a plan, as rank 0 of ranks on these hosts would have it, without any rank but this process."""
+        torch.set_num_threads(job.threads)
+        return cls._build(job, Imagined(len(hosts)), list(hosts), choose_device(job.device, 0))
 
     @classmethod
     def _build(cls, job: Job, comm: Communicator, hosts: list[str], device: torch.device) -> Federation:

@@ -1,54 +1,117 @@
-"""What a run will do, before it does it: who is hosted where, and the logical bytes of all its rounds."""
+"""What a run will do, before it does it: its exchanges, who is hosted where, the logical bytes of all its rounds."""
 
 from __future__ import annotations
 
-from mpifed.algorithms.base import Field, takes_weights
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mpifed.algorithms.base import Field, Phase, takes_weights
+from mpifed.codecs import bounds
 from mpifed.comm.ledger import WEIGHT
 from mpifed.federation.federation import Federation
 
 
-def planned_bytes(federation: Federation) -> tuple[dict[str, int], list[str]]:
-    """Logical bytes of the whole run by "direction.kind", if every client answers; and the kinds not known before."""
-    job, env = federation.job, federation.env
-    phases = federation.algorithm.phases(env)
-    totals: dict[str, int] = {}
-    open_kinds: list[str] = []
-    for round_ in range(1, job.rounds + 1):
-        sampled = len(federation.roster.sample(round_))
+class Size(NamedTuple):
+    """Bytes of one tensor after its codec: the same twice where the declarations decide them."""
+
+    least: int
+    most: int | None  # None: nothing bounds them
+
+    @property
+    def exact(self) -> bool:
+        return self.least == self.most
+
+
+@dataclass(frozen=True)
+class Step:
+    """One exchange of a run in which every client that is asked answers."""
+
+    round: int
+    phase: Phase
+    first: bool  # of its round
+    asked: Sequence[int]  # client ids, ascending
+    down: Mapping[str, Field]
+    up: Mapping[str, Field]
+    sizes: Mapping[tuple[str, str], Size]  # by direction and field: what one client is sent, or sends
+    everybody: int  # clients of the federation
+
+    def receivers(self, name: str) -> int:
+        """How many clients are sent a field of the download."""
+        return self.everybody if self.down[name].to == "everybody" else len(self.asked)
+
+    def logical(self) -> Iterator[tuple[str, str, Size, int]]:
+        """Direction, kind, bytes of one client, and how many clients they are counted for."""
+        for name in self.down:
+            yield "down", name, self.sizes["down", name], self.receivers(name)
+        for name in self.up:
+            yield "up", name, self.sizes["up", name], len(self.asked)
+        if takes_weights(self.up):
+            yield "up", WEIGHT, Size(8, 8), len(self.asked)
+
+
+def steps(federation: Federation, rounds: Sequence[int] | None = None) -> Iterator[Step]:
+    """The exchanges of these rounds (all for None), as the engine makes them."""
+    phases = federation.algorithm.phases(federation.env)
+    everybody = tuple(range(federation.clients))
+    for round_ in range(1, federation.job.rounds + 1) if rounds is None else rounds:
+        sampled = federation.roster.sample(round_)
+        first = True
         for phase in (phase for phase in phases if phase.rounds(round_)):
-            asked = (sampled if phase.clients == "round" else federation.clients) * phase.repeat
-            for direction, fields in (("down", phase.down(round_)), ("up", phase.up(round_))):
-                for name, declared in fields.items():
-                    size = _size(federation, direction, name, declared)
-                    receivers = federation.clients * phase.repeat if declared.to == "everybody" else asked
-                    if size is None:
-                        open_kinds.append(f"{direction}.{name}")
-                    else:
-                        key = f"{direction}.{name}"
-                        totals[key] = totals.get(key, 0) + size * receivers
-            if takes_weights(phase.up(round_)):
-                totals[f"up.{WEIGHT}"] = totals.get(f"up.{WEIGHT}", 0) + 8 * asked
-    return totals, sorted(set(open_kinds))
+            down, up = phase.down(round_), phase.up(round_)
+            sizes = {
+                (direction, name): size_of(federation, direction, name, declared)
+                for direction, fields in (("down", down), ("up", up))
+                for name, declared in fields.items()
+            }
+            asked = sampled if phase.clients == "round" else everybody
+            for _ in range(phase.repeat):
+                yield Step(round_, phase, first, asked, down, up, sizes, len(everybody))
+                first = False
 
 
-def _size(federation: Federation, direction: str, name: str, declared: Field) -> int | None:
-    shape = tuple(size for size in declared.shape if size is not None)
-    if len(shape) < len(declared.shape):
-        return None
-    return federation.codec(direction, name).nbytes(shape, declared.dtype, declared.layout)
+def size_of(federation: Federation, direction: str, name: str, declared: Field) -> Size:
+    """Bytes of one encoded field."""
+    codec, shape = federation.codec(direction, name), tuple(size or 0 for size in declared.shape)
+    if None not in declared.shape:
+        return Size(*bounds(codec, shape, declared.dtype, declared.layout))
+    return Size(bounds(codec, shape, declared.dtype, None)[0] if codec.plain else 0, None)
+
+
+def planned_bytes(federation: Federation) -> tuple[dict[str, int], dict[str, Size]]:
+    """Logical bytes of the whole run by "direction.kind", if every client answers; and those of the kinds whose sizes
+    the values decide."""
+    totals: dict[str, int] = {}
+    unknown: dict[str, Size] = {}
+    for step in steps(federation):
+        for direction, kind, size, clients in step.logical():
+            key = f"{direction}.{kind}"
+            if size.exact and key not in unknown:
+                totals[key] = totals.get(key, 0) + size.least * clients
+            else:
+                before = unknown.get(key, Size(totals.get(key, 0), totals.pop(key, 0)))
+                most = None if before.most is None or size.most is None else before.most + size.most * clients
+                unknown[key] = Size(before.least + size.least * clients, most)
+    return totals, unknown
 
 
 def describe(federation: Federation) -> str:
     """The plan as text: roster and bytes."""
-    totals, open_kinds = planned_bytes(federation)
+    totals, unknown = planned_bytes(federation)
     lines = ["", "# who is hosted where", *hosting(federation), "", "# logical bytes of the run"]
     for key in sorted(totals):
         lines.append(f"{key:<24s} {totals[key]:>20,d}")
     for way in ("down", "up"):
         amount = sum(size for key, size in totals.items() if key.startswith(way))
         lines.append(f"{'all ' + way:<24s} {amount:>20,d}")
-    lines += [f"{key:<24s} {'depends on the values':>20s}" for key in open_kinds]
+    lines += [f"{key:<24s} {_between(unknown[key]):>20s}" for key in sorted(unknown)]
     return "\n".join(lines)
+
+
+def _between(size: Size) -> str:
+    if size.most is None:
+        return "depends on the values"
+    return f"depends on the values: {size.least:,d} to {size.most:,d}"
 
 
 def hosting(federation: Federation) -> list[str]:

@@ -40,7 +40,7 @@ def test_planned_bytes_are_those_of_the_run(changes: dict[str, Any], tmp_path: P
     counted: dict[str, int] = {}
     for (_, kind), size in run(job, tmp_path, 3).logical().items():
         counted[kind] = counted.get(kind, 0) + size
-    assert totals == counted and unknown == []
+    assert totals == counted and unknown == {}
 
 
 def test_planned_bytes_of_phases(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_planned_bytes_of_phases(tmp_path: Path) -> None:
     counted: dict[str, int] = {}
     for (_, kind), size in run(job, tmp_path, 2).logical().items():
         counted[kind] = counted.get(kind, 0) + size
-    assert unknown == ["up.list"]
+    assert unknown == {"up.list": (0, None)}
     del counted["up.list"]
     assert totals == counted
 

@@ -1,0 +1,268 @@
+"""The bytes of a run before it runs: the collectives of every exchange, and what each rank hands to them.
+
+Exact where the declarations decide sizes: what is counted here is what the run's ledger will hold, to the byte, if
+every client answers. Where a codec's sizes depend on the values (SVD by its energy), or only the clients know a length,
+there are a least and a most. Of what mpifed itself says, the ranks' reports of a round are text and not foreseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from mpifed.comm.collection import GATHERED_RANKS, exact_slice, gathered_slice, sums_exactly, ways
+from mpifed.comm.communicator import CONTROL
+from mpifed.comm.ledger import label, unlabel
+from mpifed.federation.federation import Federation
+from mpifed.federation.plan import Step, steps
+from mpifed.federation.roster import Assignment
+
+Operation = Literal["broadcast", "scatter", "gather", "reduce", "sum"]
+OfRanks: TypeAlias = npt.NDArray[np.int64]
+"""A number of each rank, `[ranks]`."""
+
+REPORT_WISHES = 2
+"""Numbers that travel with the lengths of the ranks' reports: is a stop asked for, is a checkpoint due."""
+
+
+# --- collectives ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Call:
+    """A collective, or `pieces` of them in a row, and the bytes of the buffers that each rank hands to it by label."""
+
+    operation: Operation
+    sent: Mapping[str, OfRanks]
+    received: Mapping[str, OfRanks]
+    pieces: int = 1
+
+    @property
+    def bytes_of_ranks(self) -> OfRanks:
+        """What each rank sends (gather, reduce, sum) or is sent (broadcast, scatter)."""
+        arrays = (self.received if self.operation in ("broadcast", "scatter") else self.sent).values()
+        return np.sum(list(arrays), axis=0) if arrays else np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A step of the run with who is where: its collectives, in order, with the least bytes and with the most."""
+
+    step: Step
+    dealt: Assignment
+    clients: OfRanks  # that each rank trains
+    least: Sequence[Call]
+    most: Sequence[Call]
+    unbounded: frozenset[tuple[str, str]]  # direction and kind of what may be more than `most`
+
+
+class Planner:
+    """The exchanges of a federation on its ranks; what is the same in many rounds is worked out once."""
+
+    def __init__(self, federation: Federation) -> None:
+        self.federation = federation
+        self.ranks = federation.comm.size
+        self._dealt: dict[tuple[int, ...], Assignment] = {}
+        self._calls: dict[object, tuple[Sequence[Call], Sequence[Call]]] = {}
+
+    def exchanges(self, rounds: Sequence[int] | None = None) -> Iterator[Exchange]:
+        """Of these rounds, of all for None."""
+        for step in steps(self.federation, rounds):
+            dealt = self._deal(step)
+            clients = np.array([len(mine) for mine in dealt.by_rank], np.int64)
+            unbounded = frozenset(key for key, size in step.sizes.items() if size.most is None)
+            key = step.phase.name, tuple(step.sizes.items()), clients.tobytes()
+            if key not in self._calls:
+                exact = all(size.exact for size in step.sizes.values())
+                least = self._of_step(step, clients, lambda direction, name: step.sizes[direction, name].least)  # noqa: B023
+                most = least if exact else self._of_step(step, clients, lambda *of: _most(step, *of))  # noqa: B023
+                self._calls[key] = least, most
+            yield Exchange(step, dealt, clients, *self._calls[key], unbounded)
+
+    def _deal(self, step: Step) -> Assignment:
+        """An assignment of everybody is kept, as all rounds share it."""
+        asked = tuple(step.asked)
+        if len(asked) < step.everybody:
+            return self.federation.roster.deal(asked)
+        if asked not in self._dealt:
+            self._dealt[asked] = self.federation.roster.deal(asked)
+        return self._dealt[asked]
+
+    def usual_clients(self) -> OfRanks:
+        """Clients of each rank when all are asked."""
+        everybody = tuple(range(self.federation.clients))
+        if everybody not in self._dealt:
+            self._dealt[everybody] = self.federation.roster.deal(everybody)
+        return np.array([len(mine) for mine in self._dealt[everybody].by_rank], np.int64)
+
+    # --- what `mpifed.comm.exchange` does -----------------------------------------------------------------------------
+    def _of_step(self, step: Step, clients: OfRanks, size: Callable[[str, str], int]) -> Sequence[Call]:
+        return [*self._download(step, clients, size), self._announcement(step), *self._upload(step, clients, size)]
+
+    def _download(self, step: Step, clients: OfRanks, size: Callable[[str, str], int]) -> Iterator[Call]:
+        shared = [name for name, declared in step.down.items() if declared.to != "each"]
+        own = [name for name, declared in step.down.items() if declared.to == "each"]
+        if not all(step.sizes["down", name].exact for name in step.down):
+            yield self._broadcast({CONTROL: 16 * (len(shared) + len(own) * len(step.asked))})
+        if shared:
+            yield self._broadcast({label(step.phase.name, "down", name): size("down", name) for name in shared})
+        if own:
+            received = {label(step.phase.name, "down", name): size("down", name) * clients for name in own}
+            yield Call("scatter", {kind: self._at_root(int(all_.sum())) for kind, all_ in received.items()}, received)
+
+    def _announcement(self, step: Step) -> Call:
+        exact = sum(self._is_exact(step, name) for name in step.up)
+        columns = 2 + 2 * len(step.up) + exact
+        return self._sum(len(step.asked) * columns)
+
+    def _upload(self, step: Step, clients: OfRanks, size: Callable[[str, str], int]) -> Iterator[Call]:
+        def kind(name: str) -> str:
+            return label(step.phase.name, "up", name)
+
+        def gather(names: Sequence[str], pieces: int) -> Call:
+            sent = {kind(name): size("up", name) * clients for name in names}
+            return Call("gather", sent, {name: self._at_root(int(all_.sum())) for name, all_ in sent.items()}, pieces)
+
+        plain = {name: self.federation.codec("up", name).plain for name in step.up}
+        exact = {name: self._is_exact(step, name) for name in step.up}
+        found = ways(step.up, self.federation.job.reduce, exact.__getitem__, plain.__getitem__)
+        if found.whole:
+            yield gather(found.whole, 1)
+        givers = int((clients > 0).sum())
+        for name in found.exact:
+            elements = _elements(step, name)
+            pieces = -(-elements // exact_slice(givers))
+            if givers <= GATHERED_RANKS:
+                sent = {kind(name): 8 * elements * (clients > 0)}
+                yield Call("gather", sent, {kind(name): self._at_root(8 * elements * givers)}, pieces)
+            else:
+                yield self._reduce({kind(name): 8 * elements}, pieces)
+        if found.sliced:
+            row = sum(size("up", name) for name in found.sliced)
+            yield gather(found.sliced, max(1, -(-row // gathered_slice(len(step.asked)))))
+        for names, width in ((found.single, 4), (found.double, 8)):
+            if names:
+                yield self._reduce({kind(name): width * _elements(step, name) for name in names}, 1)
+
+    def _is_exact(self, step: Step, name: str) -> bool:
+        return sums_exactly(step.up[name], self.federation.job.reduce, self.federation.codec("up", name).plain)
+
+    def report(self, lengths: int) -> Sequence[Call]:
+        """The end of a round: the lengths of the reports with the wishes, and then reports of that many bytes each."""
+        every = np.full(self.ranks, lengths, np.int64)
+        gathered = Call("gather", {CONTROL: every}, {CONTROL: self._at_root(int(every.sum()))})
+        return [self._sum(self.ranks + REPORT_WISHES), gathered]
+
+    # --- who hands over what ------------------------------------------------------------------------------------------
+    def _at_root(self, size: int) -> OfRanks:
+        of_ranks = np.zeros(self.ranks, np.int64)
+        of_ranks[0] = size
+        return of_ranks
+
+    def _at_others(self, size: int) -> OfRanks:
+        of_ranks = np.full(self.ranks, size, np.int64)
+        of_ranks[0] = 0
+        return of_ranks
+
+    def _broadcast(self, kinds: Mapping[str, int]) -> Call:
+        sent = {kind: self._at_root(size) for kind, size in kinds.items()}
+        return Call("broadcast", sent, {kind: self._at_others(size) for kind, size in kinds.items()})
+
+    def _reduce(self, kinds: Mapping[str, int], pieces: int) -> Call:
+        sent = {kind: np.full(self.ranks, size, np.int64) for kind, size in kinds.items()}
+        return Call("reduce", sent, {kind: self._at_root(size) for kind, size in kinds.items()}, pieces)
+
+    def _sum(self, numbers: int) -> Call:
+        every = {CONTROL: np.full(self.ranks, 8 * numbers, np.int64)}
+        return Call("sum", every, every)
+
+
+def _most(step: Step, direction: str, name: str) -> int:
+    size = step.sizes[direction, name]
+    return size.least if size.most is None else size.most
+
+
+def _elements(step: Step, name: str) -> int:
+    elements = 1
+    for length in step.up[name].shape:
+        elements *= length or 0
+    return elements
+
+
+# --- ledger -----------------------------------------------------------------------------------------------------------
+class Amount(NamedTuple):
+    """Bytes: logical, and handed to MPI to send and to fill; numbers, or arrays `[ranks]`."""
+
+    logical: int = 0
+    sent: int = 0
+    received: int = 0
+
+    def plus(self, other: Amount) -> Amount:
+        return Amount(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+
+def amounts(
+    exchange: Exchange, usual: OfRanks, most: bool = False
+) -> dict[tuple[str, str, str], tuple[OfRanks, OfRanks, OfRanks]]:
+    """By phase, direction and kind: logical bytes, sent and filled, each `[ranks]`, of one exchange, as in the ledger.
+
+    `usual` are the clients of each rank when all are asked: bytes to an absent client stand there.
+    """
+    step, name = exchange.step, exchange.step.phase.name
+    none = np.zeros(len(usual), np.int64)
+    found: dict[tuple[str, str, str], list[OfRanks]] = {}
+    for direction, kind, size, clients in step.logical():
+        of_ranks = exchange.clients if clients == len(step.asked) else usual
+        each = size.most if most and size.most is not None else size.least
+        found[name, direction, kind] = [each * of_ranks, none, none]
+    for call in exchange.most if most else exchange.least:
+        for column, kinds in ((1, call.sent), (2, call.received)):
+            for text, of_ranks in kinds.items():
+                entry = found.setdefault(unlabel(text), [none, none, none])
+                entry[column] = entry[column] + of_ranks
+    return {key: (entry[0], entry[1], entry[2]) for key, entry in found.items()}
+
+
+@dataclass
+class Bytes:
+    """The bytes of some rounds by direction ("down", "up", "control") and kind; `most` is None where nothing bounds."""
+
+    least: dict[tuple[str, str], Amount] = field(default_factory=dict)
+    most: dict[tuple[str, str], Amount | None] = field(default_factory=dict)
+
+    def add(self, exchange: Exchange, usual: OfRanks) -> None:
+        """The bytes of one exchange."""
+        least, most = (amounts(exchange, usual, which) for which in (False, True))
+        for (phase, direction, kind), of_ranks in least.items():
+            more = most[phase, direction, kind]
+            bounded = (direction, kind) not in exchange.unbounded
+            self._plus((direction, kind), _total(of_ranks), _total(more) if bounded else None)
+
+    def add_calls(self, calls: Iterable[Call]) -> None:
+        """The bytes of mpifed's own messages."""
+        for call in calls:
+            of_all = Amount(0, *(int(sum(part.sum() for part in way.values())) for way in (call.sent, call.received)))
+            self._plus(("control", CONTROL), of_all, of_all)
+
+    def _plus(self, key: tuple[str, str], least: Amount, most: Amount | None) -> None:
+        before = self.most.get(key, Amount())
+        self.least[key] = self.least.get(key, Amount()).plus(least)
+        self.most[key] = None if before is None or most is None else before.plus(most)
+
+    def total(self, direction: str | None = None) -> tuple[Amount, Amount | None]:
+        """Least and most of a direction, or of all."""
+        least, most = Amount(), Amount()
+        bounded = True
+        for key, amount in self.least.items():
+            if direction in (None, key[0]):
+                least = least.plus(amount)
+                above = self.most[key]
+                bounded = bounded and above is not None
+                most = most.plus(above or Amount())
+        return least, most if bounded else None
+
+
+def _total(of_ranks: Sequence[OfRanks]) -> Amount:
+    return Amount(*(int(part.sum()) for part in of_ranks))
