@@ -54,7 +54,7 @@ def interrupt(cluster: Cluster, job: Submitted, kind: str, node: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=200, help="rounds of the run, half a second each")
+    parser.add_argument("--rounds", type=int, default=200, help="rounds of the run")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     parser.add_argument("--json", type=Path, help="write what was done and how it ended")
     arguments = parser.parse_args()
@@ -72,8 +72,10 @@ def main() -> int:
         start_up = time.monotonic() - started - expected.summary["seconds"]["total"]
         print(f"undisturbed: {arguments.rounds} rounds, start-up {start_up:.1f} s", flush=True)
 
+        # so slow that the run is not over before the last interruption
+        pace = max(0.5, arguments.kills * (start_up + TRAINING_S) / arguments.rounds)
         (Path(folder) / "site").mkdir()
-        job = Site(cluster, Path(folder) / "site", expected).sbatch("cpu.sbatch", str(JOB), rounds, pace=0.5)
+        job = Site(cluster, Path(folder) / "site", expected).sbatch("cpu.sbatch", str(JOB), rounds, pace=pace)
         cluster.wait(job.id, {"RUNNING"}, START_S)
         kills = []
         for number in range(1, arguments.kills + 1):
@@ -85,7 +87,7 @@ def main() -> int:
                 print(f"the run was over before kill {number}: give it more --rounds", flush=True)
                 break
             interrupt(cluster, job, kind, node)
-            job.go_on(pace=0.5)
+            job.go_on(pace=pace)
             kills.append({"kind": kind, "node": node if kind == "node" else None, "after_s": after, "rounds": done})
             where = f" {node}" if kind == "node" else ""
             print(f"{number:3d}  {kind + where:<9}  {after:5.1f} s after a start, {done} rounds done", flush=True)

@@ -360,7 +360,7 @@ ROWS: tuple[Row, ...] = (
         changes={"data": PUBLIC, "transfer": TRANSFER | {"private_validation": 0.2}},
     ),
     Row("fedgen", FEDGEN, fedgen),
-    Row("fedgen-official", FEDGEN | {"variant": "official"}, fedgen),
+    Row("fedgen-paper", FEDGEN | {"variant": "paper"}, fedgen),
     Row("fedgen-head", FEDGEN | {"share": "head"}, fedgen_head, stateful=True, evaluates="clients"),
     Row("fedensemble", {"name": "fedensemble"}, model_both_ways, sends_statistics=True),
     Row("feddf", FEDDF, model_both_ways, sends_statistics=True, changes={"data": PUBLIC}),
