@@ -28,7 +28,7 @@ from mpifed.comm.wire.meter import Meter, choose
 from mpifed.errors import TooFewReplies
 from mpifed.failpoints import reach
 from mpifed.federation.env import Context
-from mpifed.federation.federation import Federation
+from mpifed.federation.federation import Federation, Tests
 from mpifed.federation.roster import Assignment
 from mpifed.federation.store import ClientStore
 from mpifed.federation.turns import Turns
@@ -322,9 +322,7 @@ class Engine:
         tested = self._test(model, self.federation.test_set, client)
         return {"accuracy": tested.accuracy, "loss": tested.loss}
 
-    def _test(
-        self, model: tuple[Tensor, Tensor] | Ensemble, samples: tuple[Tensor, Tensor], client: int | None
-    ) -> Evaluation:
+    def _test(self, model: tuple[Tensor, Tensor] | Ensemble, samples: Tests, client: int | None) -> Evaluation:
         env = self.federation.env
         members, weights = (model.members, model.weights) if isinstance(model, Ensemble) else ((model,), ())
         size, standardise = self.job.evaluate.batch_size, env.spec.standardise

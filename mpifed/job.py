@@ -26,6 +26,7 @@ UNHASHED = (
     "out",
     "data.root",
     "data.download",
+    "data.share",
     "device",
     "share_gpus",
     "turns",
@@ -345,6 +346,10 @@ class DataTable(Component):
 
     name: str = Field(description="The data set.")
     root: str = Field(default="", description="Folder of the data sets; empty: `$MPIFED_DATA`, or else `data`.")
+    share: Literal["auto", "off"] = Field(
+        default="auto",
+        description="`auto`: a data set is read once a node, and its ranks have one copy. `off`: one copy each.",
+    )
     only_classes: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_tuple)] = Field(
         default=(), description="Only these classes, numbered anew from 0 in this order; none: all."
     )

@@ -27,3 +27,11 @@ def keep_freed_memory() -> None:
     if not mallopt(_MMAP_THRESHOLD, KEPT_BYTES):  # older versions accept no more than 32 MiB
         mallopt(_MMAP_THRESHOLD, 1 << 25)
     mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Hand back what is free now: after something large that will not be needed again."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return

@@ -186,7 +186,7 @@ def _train(
     federation: Federation, resumed: RunFolder | None, resume: bool, stop: StopSignal, deadline: Deadline
 ) -> int:
     from mpifed.engine import Engine
-    from mpifed.federation.federation import on_every_rank
+    from mpifed.federation.agreement import on_every_rank
     from mpifed.federation.store import ClientStore
     from mpifed.journal import Journal
     from mpifed.storage.checkpoint import Checkpoints
@@ -244,7 +244,7 @@ def _turns(federation: Federation) -> Turns:
 
 def _folder(federation: Federation, resumed: RunFolder | None) -> RunFolder:
     """The run folder: `resumed`, or a new one made by rank 0 now that nothing else can be wrong with the job."""
-    from mpifed.federation.federation import on_every_rank
+    from mpifed.federation.agreement import on_every_rank
     from mpifed.storage.run_folder import RunFolder
 
     job, comm = federation.job, federation.comm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 
@@ -9,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifed.data.source import Source, Split
+from mpifed.data.source import ArraySource, Source, Split, part, shared
 
 
 class Public:
-    """`PublicSet` (see `mpifed.algorithms.base`): some training samples of a source, taken when first asked for.
+    """`PublicSet` (see `mpifed.algorithms.base`): some training samples of a source, taken when they are asked for.
 
     Its pixels are standardised by its own mean and deviation.
     """
@@ -30,11 +31,25 @@ class Public:
 
     def x(self, indices: Tensor) -> Tensor:
         """Samples `indices` (int64 `[k]`) as model input `[k, *input_shape]` on the device."""
-        return self._source.spec.standardise(self._stored[indices.cpu()].to(self._device))
+        if self.at_hand:
+            stored, _ = self._source.take("train", self._indices[indices.cpu().numpy()])
+        else:
+            stored = self._stored[indices.cpu()]
+        return self._source.spec.standardise(stored.to(self._device))
+
+    @property
+    def at_hand(self) -> bool:
+        """The source is in memory, so that no copy need be kept of what is taken out of it."""
+        return shared(self._source) or isinstance(self._source, ArraySource)
+
+    def share(self, load: Callable[[Callable[[], Source]], Source]) -> None:
+        """Keep them in one copy a node, by `load`, which every rank calls."""
+        self._source = load(lambda: part(self._source, "train", self._indices))
+        self._indices = np.arange(len(self._indices))
 
     @cached_property
     def _stored(self) -> Tensor:
-        """All of them as stored: in memory once a rank, a quarter of what they take as float32."""
+        """All of them as stored, kept once a rank."""
         return self._source.take("train", self._indices)[0]
 
 
@@ -43,6 +58,7 @@ class Rest:
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self._source = source
+        self.shared = shared(source)
         self._indices = indices
         self.spec = source.spec
         self.train_labels = source.train_labels[indices]
@@ -59,6 +75,7 @@ class Relabelled:
 
     def __init__(self, source: Source, offset: int) -> None:
         self._source = source
+        self.shared = shared(source)
         self.spec = replace(source.spec, classes=offset + source.spec.classes)
         self.train_labels = source.train_labels + offset
         self.test_labels = source.test_labels + offset

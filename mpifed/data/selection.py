@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpifed.data.source import Source, Split
+from mpifed.data.source import Source, Split, shared
 from mpifed.errors import BadInput
 
 
@@ -28,6 +28,7 @@ class Selected:
                 )
             new[label] = number
         self._source = source
+        self.shared = shared(source)
         self._rows = {
             "train": np.flatnonzero(new[source.train_labels] >= 0),
             "test": np.flatnonzero(new[source.test_labels] >= 0),

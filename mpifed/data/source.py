@@ -6,7 +6,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
@@ -48,6 +48,17 @@ class ArraySource:
     test_samples: np.ndarray
     test_labels: np.ndarray
     train_owner: np.ndarray | None = None
+    shared: bool = field(default=False, kw_only=True)  # one copy for all ranks of a node
+
+    @property
+    def mapped(self) -> bool:
+        """The samples are mapped from files, so that the system holds one copy a node."""
+        return isinstance(self.train_samples, np.memmap) and isinstance(self.test_samples, np.memmap)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its arrays by the names of its fields."""
+        names = ("train_samples", "train_labels", "test_samples", "test_labels", "train_owner")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def take(self, split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """See `Source.take`; only the rows asked for are copied, also out of a mapped file or a transposed view."""
@@ -55,6 +66,32 @@ class ArraySource:
         samples = (self.train_samples if train else self.test_samples)[indices]
         labels = (self.train_labels if train else self.test_labels)[indices]
         return torch.from_numpy(np.ascontiguousarray(samples)), torch.from_numpy(labels)
+
+
+def shared(source: Source) -> bool:
+    """Whether the ranks of a node have one copy of it, out of which samples are taken when they are wanted."""
+    return bool(getattr(source, "shared", False))
+
+
+def part(source: Source, split: Split, indices: np.ndarray) -> ArraySource:
+    """Those samples alone, in memory, as training samples; without a test part."""
+    x, y = (tensor.numpy() for tensor in source.take(split, indices))
+    return ArraySource(source.spec, x, y, x[:0], y[:0])
+
+
+class Rows:
+    """Some samples of a source as stored, `[len(self), *input_shape]`, taken batch by batch when they are wanted."""
+
+    def __init__(self, source: Source, split: Split, indices: np.ndarray) -> None:
+        self._source, self._split, self._indices = source, split, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def split(self, size: int, /) -> Iterator[Tensor]:
+        """In order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self._source.take(self._split, self._indices[start : start + size])[0]
 
 
 def data_root(root: str) -> Path:

@@ -7,8 +7,8 @@ import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property, lru_cache, partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,11 @@ from mpifed.component import accepts
 from mpifed.data.partition import Partition
 from mpifed.data.public import Public, Relabelled, Rest
 from mpifed.data.selection import Selected
-from mpifed.data.source import Source
+from mpifed.data.source import Rows, Source, Split, part, shared
 from mpifed.errors import BadInput
+from mpifed.federation.agreement import on_every_rank
 from mpifed.federation.env import RunEnv, choose_device, crowded, identity
+from mpifed.federation.load import load
 from mpifed.federation.roster import Roster
 from mpifed.job import Job
 from mpifed.learning.local import HEAD
@@ -33,18 +35,8 @@ from mpifed.rng import numpy_generator
 
 log = logging.getLogger("mpifed")
 
-
-def on_every_rank(comm: Communicator, act: Callable[[], Any]) -> Any:
-    """`act()` on every rank; where it raises BadInput on some, every rank raises the first rank's."""
-    result, problem = None, None
-    try:
-        result = act()
-    except BadInput as error:
-        problem = str(error)
-    agreed = comm.agree(problem)
-    if agreed is not None:
-        raise BadInput(agreed)
-    return result
+Tests: TypeAlias = tuple[Tensor | Rows, Tensor]
+"""Samples as stored, all at once or batch by batch, and their labels."""
 
 
 @dataclass
@@ -61,7 +53,8 @@ class Federation:
     env: RunEnv
     hosts: list[str]
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _own_tests: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _own_tests: dict[int, Tests] = field(default_factory=dict)
+    _settled: bool = False
 
     @classmethod
     def build(cls, job: Job, comm: Communicator) -> Federation:
@@ -70,19 +63,24 @@ class Federation:
         said = comm.gather_bytes(socket.gethostname().encode())
         hosts = comm.broadcast_json([name.decode() for name in said] if said is not None else None)
         device = agree_on_device(job, comm, hosts)
-        federation: Federation = on_every_rank(comm, lambda: cls._build(job, comm, hosts, device))
+        share = job.data.share == "auto"
+        sets = [load(comm, hosts, make) if share else on_every_rank(comm, make) for make in _data_sets(job)]
+        federation: Federation = on_every_rank(comm, lambda: cls._build(job, comm, hosts, device, sets))
         return federation
 
     @classmethod
     def planned(cls, job: Job, hosts: Sequence[str]) -> Federation:
         """The same for a plan, as rank 0 of ranks on these hosts would have it, without any rank but this process."""
         torch.set_num_threads(job.threads)
-        return cls._build(job, Imagined(len(hosts)), list(hosts), choose_device(job.device, 0))
+        sets = [make() for make in _data_sets(job)]
+        return cls._build(job, Imagined(len(hosts)), list(hosts), choose_device(job.device, 0), sets)
 
     @classmethod
-    def _build(cls, job: Job, comm: Communicator, hosts: list[str], device: torch.device) -> Federation:
+    def _build(
+        cls, job: Job, comm: Communicator, hosts: list[str], device: torch.device, sets: Sequence[Source]
+    ) -> Federation:
         algorithm: Algorithm = job.algorithm.make()
-        source, public = divide(job, job.data.make(), device)
+        source, public = divide(job, *sets, device=device)
         partition = make_partition(job, source)
         if algorithm.pooled:
             everything = np.sort(np.concatenate(partition.train))
@@ -121,24 +119,51 @@ class Federation:
         """Take the samples that this rank needs, and let go of the data set where it needs no others.
 
         That is so where every client stays on its rank. Where clients are dealt anew each round, any rank may train any
-        client: then their samples are taken round by round, from the file or from a copy of the set on each rank.
+        client: then their samples are taken round by round, from the file or from a copy of the set on each rank. What
+        the ranks of a node share is one copy already, and samples are taken out of it when they are wanted.
         """
-        if self.source is None:
+        if self._settled or self.source is None:
+            return
+        self._settled = True
+        if self.job.data.share == "auto" and len(set(self.hosts)) < self.comm.size:
+            self._share()
+        if shared(self.source):
+            if self.job.evaluate.own:
+                own = self._own_test_indices()
+                self._own_tests = {client: _rows(self.source, "test", own[client]) for client in self._hosted}
             return
         tests_server = self.algorithm.evaluates != "clients" and self.comm.rank == 0
         tests_clients = self.algorithm.evaluates != "server" and self.comm.rank in self.roster.hosts
         if tests_server or tests_clients:
             self.test_set  # noqa: B018  (kept from here on)
-        hosted = self.roster.deal(range(self.clients)).by_rank[self.comm.rank]
         if self.job.evaluate.own:
             own = self._own_test_indices()
-            self._own_tests = {client: self.source.take("test", own[client]) for client in hosted}
+            self._own_tests = {client: self.source.take("test", own[client]) for client in self._hosted}
         if self.roster.fixed:
-            for client in hosted:
+            for client in self._hosted:
                 self._kept[client] = self.source.take("train", self.partition.train[client])
             self.source = None
 
-    def own_tests(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def _share(self) -> None:
+        """One copy a node of what every rank would keep of a source that is not shared: on all ranks, or on none."""
+        assert self.source is not None
+        source, public = self.source, self.env.public
+        if self.algorithm.evaluates != "server" and self._anywhere(not shared(source)):
+            everything = np.arange(len(source.test_labels))
+            tests = load(self.comm, self.hosts, lambda: part(source, "test", everything))
+            self.test_set = _rows(tests, "train", everything)
+        if isinstance(public, Public) and self._anywhere(not public.at_hand):
+            public.share(partial(load, self.comm, self.hosts))
+
+    def _anywhere(self, lacking: bool) -> bool:
+        return self.comm.agree("lacking" if lacking else None) is not None
+
+    @cached_property
+    def _hosted(self) -> tuple[int, ...]:
+        """The clients of this rank, when all take part."""
+        return self.roster.deal(range(self.clients)).by_rank[self.comm.rank]
+
+    def own_tests(self) -> dict[int, Tests]:
         """With `evaluate.own`, the own test samples, as stored, of every client that this rank hosts."""
         return self._own_tests
 
@@ -159,14 +184,20 @@ class Federation:
         return self.env.spec.standardise(x.to(self.env.device)), y.to(self.env.device)
 
     @cached_property
-    def test_set(self) -> tuple[Tensor, Tensor]:
+    def test_set(self) -> Tests:
         """The whole test set as stored: x `[n, *input_shape]` and y int64 `[n]`."""
         assert self.source is not None, "this rank tests no model"
-        return self.source.take("test", np.arange(len(self.source.test_labels)))
+        everything = np.arange(len(self.source.test_labels))
+        return _rows(self.source, "test", everything) if shared(self.source) else self.source.take("test", everything)
 
     def codec(self, direction: str, name: str) -> Codec:
         """The codec of one exchanged field."""
         return _codec(self.job.codec_of(direction, name), f"codec.{direction}.{name}")  # type: ignore[arg-type]
+
+
+def _rows(source: Source, split: Split, indices: npt.NDArray[np.int64]) -> Tests:
+    labels = source.train_labels if split == "train" else source.test_labels
+    return Rows(source, split, indices), torch.from_numpy(labels[indices])
 
 
 def agree_on_device(job: Job, comm: Communicator, hosts: Sequence[str]) -> torch.device:
@@ -228,8 +259,17 @@ def _codec(text: str, key: str) -> Codec:
     return make(text, key)
 
 
-def divide(job: Job, source: Source, device: torch.device) -> tuple[Source, Public | None]:
-    """The job's private data set and its public one. Raises BadInput where they do not fit each other."""
+def _data_sets(job: Job) -> list[Callable[[], Source]]:
+    """What reads the job's private data set, and its public one where `[data.public]` names one."""
+    public = job.data.public
+    return [job.data.make] if public is None else [job.data.make, partial(public.make, job.data.root)]
+
+
+def divide(
+    job: Job, source: Source, public: Source | None = None, *, device: torch.device
+) -> tuple[Source, Public | None]:
+    """The job's private data set and its public one, `public` the one of `[data.public]`. Raises BadInput where they do
+    not fit each other."""
     source = Selected(source, job.data.only_classes) if job.data.only_classes else source
     table, held_out = job.data.public, job.data.public_held_out
     if held_out:
@@ -238,9 +278,8 @@ def divide(job: Job, source: Source, device: torch.device) -> tuple[Source, Publ
         if not 0 < samples < len(order):
             raise BadInput(f"data.public_held_out: {held_out} of {len(order)} samples are {samples}; choose another")
         return Rest(source, np.sort(order[samples:])), Public(source, np.sort(order[:samples]), device)
-    if table is None:
+    if table is None or public is None:
         return source, None
-    public: Source = table.make(job.data.root)
     if public.spec.input_shape != source.spec.input_shape:
         raise BadInput(
             f"data.public.name: '{table.name}' has samples of shape {public.spec.input_shape}, but '{job.data.name}' "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,14 @@ class Evaluated(Model, Protocol):
     def train(self, mode: bool = True) -> None: ...
 
 
+class Samples(Protocol):
+    """A tensor, or what gives its batches."""
+
+    def __len__(self) -> int: ...
+
+    def split(self, size: int, /) -> Iterable[Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """`accuracy` = `correct` / `examples`; `loss` is the mean cross-entropy in nats, NaN or infinite if a logit is."""
@@ -34,7 +42,7 @@ class Evaluation:
 
 def evaluate(
     model: Evaluated,
-    x: Tensor,
+    x: Samples,
     y: Tensor,
     batch_size: int,
     *,

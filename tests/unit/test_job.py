@@ -471,6 +471,7 @@ UNHASHED_CHANGES = [
     "out=elsewhere",
     "data.root=elsewhere",
     "data.download=true",
+    "data.share=off",
     "device=cpu",
     "share_gpus=true",
     "turns=off",
