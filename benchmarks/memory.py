@@ -72,7 +72,7 @@ def on_a_rank(overrides: Sequence[str], out: Path) -> None:
     comm = world()
     tiny = load(None, ["data.name=synthetic", "data.samples=500", "algorithm.name=fedavg"], "the small job")
     Federation.build(tiny, comm).settle()
-    job = load(None, ["clients=40", "data.partition.name=iid", *overrides], "the job")
+    job = load(None, ["data.partition.name=iid", *overrides], "the job")
     gc.collect()
     comm.barrier()
     before = pss()
@@ -133,7 +133,7 @@ def main() -> None:
     cases = itertools.product(arguments.data, arguments.algorithm, arguments.participation, arguments.share)
     for name, algorithm, participation, share in cases:
         source = f"benchmarks.memory:{name}" if name in ("mnist_in_memory", "noise") else name
-        keys = [f"data.name={source}", f"participation={participation}", f"data.share={share}"]
+        keys = ["clients=40", f"data.name={source}", f"participation={participation}", f"data.share={share}"]
         found = measure(arguments.ranks, [*keys, f"algorithm.name={algorithm}"], out)
         used, held = (
             [(rank[when]["pss"] - rank["before"]["pss"]) / MB for rank in found] for when in ("after", "held")
