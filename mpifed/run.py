@@ -85,17 +85,22 @@ def _wants_mpi_to_count(argv: Sequence[str]) -> bool:
     return False
 
 
-def _arguments(argv: list[str], comm: Communicator) -> argparse.Namespace:
+def argument_parser() -> argparse.ArgumentParser:
+    """Of the command line: `job` (a file and overrides), `resume`, `dry_run`."""
     parser = argparse.ArgumentParser(prog="python -m mpifed.run", description=__doc__.split("\n")[0])
     parser.add_argument("job", nargs="*", metavar="JOB.toml | key=value", help="a job file, then overrides")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its newest checkpoint")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the job, who is hosted where, the bytes; and exit"
     )
+    return parser
+
+
+def _arguments(argv: list[str], comm: Communicator) -> argparse.Namespace:
     said: dict[str, Any] = {}
     if comm.rank == 0:
         try:
-            said = vars(parser.parse_intermixed_args(argv))
+            said = vars(argument_parser().parse_intermixed_args(argv))
         except SystemExit as leaving:
             said = {"leave": leaving.code}
     said = comm.broadcast_json(said)
@@ -121,7 +126,7 @@ def _job(arguments: argparse.Namespace, comm: Communicator) -> tuple[Job, RunFol
     folder: RunFolder | None = None
     if comm.rank == 0:
         try:
-            job, folder = _read_job(arguments)
+            job, folder = job_and_folder(arguments.job, arguments.resume)
             said = {"job": job.canonical()}
         except BadInput as error:
             said = {"problem": str(error)}
@@ -131,25 +136,29 @@ def _job(arguments: argparse.Namespace, comm: Communicator) -> tuple[Job, RunFol
     return Job.from_canonical(said["job"]), folder
 
 
-def _read_job(arguments: argparse.Namespace) -> tuple[Job, RunFolder | None]:
+def job_and_folder(words: Sequence[str], resume: str | None) -> tuple[Job, RunFolder | None]:
+    """The job of a command line, `words` being a file and overrides; with the run folder, where one is resumed.
+
+    Raises BadInput.
+    """
     from mpifed.job import check_resume, load
     from mpifed.storage.run_folder import RunFolder
 
-    files = [word for word in arguments.job if _is_file(word)]
-    overrides = [word for word in arguments.job if not _is_file(word)]
-    if arguments.resume is not None:
-        if not arguments.resume:
+    files = [word for word in words if _is_file(word)]
+    overrides = [word for word in words if not _is_file(word)]
+    if resume is not None:
+        if not resume:
             raise BadInput("--resume: names no folder; give the folder of a run")
         if files:
-            raise BadInput(f"--resume: the job is the one in {arguments.resume}; leave out {files[0]}")
-        folder = RunFolder.open(arguments.resume)
+            raise BadInput(f"--resume: the job is the one in {resume}; leave out {files[0]}")
+        folder = RunFolder.open(resume)
         text = _text(folder.job)
         old, job = load(text, [], str(folder.job)), load(text, overrides, str(folder.job))
         check_resume(old, job)
         if job.out != old.out:
             raise BadInput("out: a resumed run stays in its folder; leave it out")
         return job, folder
-    return read_job(arguments.job), None
+    return read_job(words), None
 
 
 def read_job(words: Sequence[str]) -> Job:
@@ -252,7 +261,7 @@ def _folder(federation: Federation, resumed: RunFolder | None) -> RunFolder:
     def make() -> RunFolder | None:
         if comm.rank != 0:
             return None
-        path = Path(job.out).expanduser() if job.out else Path(_new_name(job))
+        path = Path(job.out).expanduser() if job.out else Path(new_folder(job))
         folder = resumed or RunFolder.create(path, job.to_toml())
         folder.occupy()
         return folder
@@ -274,7 +283,8 @@ def _renew(resumed: RunFolder, job: Job) -> None:
         ) from error
 
 
-def _new_name(job: Job) -> str:
+def new_folder(job: Job) -> str:
+    """A run folder under `runs/` that does not exist, for a job that names none."""
     stem = f"runs/{job.algorithm.name}-{job.data.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}".replace(":", ".")
     names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
     return next(name for name in names if not Path(name).exists())

@@ -212,6 +212,24 @@ class Launch:
         return " ".join(self.command)
 
 
+class Supervised(Launch):
+    """`mpifed supervise OPTIONS -- mpirun -n RANKS python -m mpifed.run ARGS...`, running."""
+
+    def __init__(self, ranks: int, options: Sequence[str], args: Sequence[str | os.PathLike[str]], **more: Any) -> None:
+        super().__init__(ranks, ["-m", "mpifed.run", *args], **more)
+        self.command = [sys.executable, "-m", "mpifed", "supervise", *options, "--", *self.command]
+
+    def launcher_pid(self, within: float = 30.0) -> int:
+        """Process id of the `mpirun` that runs now, waiting up to `within` seconds for it to appear."""
+        started: list[int] = []
+        _wait_until(lambda: bool(started.extend(self._children()) or started), within)
+        assert started, f"{self._shown()} started nothing within {within} s\n{self.output()}"
+        return started[0]
+
+    def _children(self) -> list[int]:
+        return [pid for pid in self.processes() if _parent(pid) == self._process.pid]
+
+
 def launch(
     ranks: int,
     args: Sequence[str | os.PathLike[str]],
@@ -267,6 +285,11 @@ def _environment(pid: int) -> dict[str, str]:
     except OSError:
         return {}
     return dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this user still runs; a zombie does not."""
+    return bool(_environment(pid))
 
 
 def _rank_of(pid: int) -> int | None:

@@ -20,6 +20,8 @@ import numpy as np
 
 from mpifed.errors import BadInput
 
+_DRAFT = "job.toml.tmp"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -77,7 +79,7 @@ class RunFolder:
         """
         path = Path(path)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        draft = path / "job.toml.tmp"
+        draft = path / _DRAFT
         try:
             path.mkdir(parents=True, exist_ok=True)
             if any(path.iterdir()):
@@ -153,6 +155,22 @@ class RunFolder:
         except OSError:
             return
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+    @property
+    def occupied(self) -> bool:
+        """Whether a process has the folder; on a file system without locks, nobody knows of one."""
+        try:
+            with (self.path / ".lock").open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def discard_draft(self) -> None:
+        """Where a run died as it made the folder: take away what would keep another from making it."""
+        (self.path / _DRAFT).unlink(missing_ok=True)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one round's row to `metrics.jsonl`; it has left this process on return (flush, without fsync)."""
