@@ -89,7 +89,7 @@ class Engine:
         self.comm: Communicator = federation.comm
         self.algorithm = federation.algorithm
         self.phases = self.algorithm.phases(federation.env)
-        self.exchange = Exchange(self.comm, federation.codec, self.job.reduce, federation.env.device)
+        self.exchange = Exchange(self.comm, federation.codec, self.job.reduce, federation.env.device, federation.route)
         self.store = store  # client id -> {"state": ..., "codec": {field: memory}}
         self.checkpoints = checkpoints
         self.server: State | None = None  # at rank 0

@@ -34,9 +34,16 @@ UNHASHED = (
     "time_limit",
     "client_state_mb",
     "measure_wire",
+    "collectives",
     "checkpoint",
 )
 """Keys and tables that say where, and how safely, a run is computed: they are left out of `Job.sha256`."""
+
+ROUTES = ("library", "flat", "tree", "hierarchical")
+"""What `collectives` may name (`mpifed.comm.routes`)."""
+
+BY_FIELD = ("codec", "collectives")
+"""Keys that may hold a table by field; in `up.update` of such a table the dot belongs to the name."""
 
 DEFAULT_JOB = """\
 # The job that runs when none is named: ten clients, each with few of the ten digits, learn all of them together
@@ -412,6 +419,25 @@ def _codec(value: Any) -> Any:
     return flat
 
 
+def _collectives(value: Any) -> Any:
+    if isinstance(value, str):
+        _check_route(value, "collectives")
+        return value
+    if not isinstance(value, dict):
+        raise ValueError('must be a route such as "hierarchical", or a table such as {"up.update" = "hierarchical"}')
+    flat = dict(flatten(value))
+    for what, route in flat.items():
+        if not re.fullmatch(r"(up|down)(\.[A-Za-z0-9_-]+)?", what):
+            raise BadInput(f"collectives.{what}: is named up, down, up.<field> or down.<field>, as in codec.up.update")
+        _check_route(route, f"collectives.{what}")
+    return flat
+
+
+def _check_route(route: Any, key: str) -> None:
+    if route not in ROUTES:
+        raise BadInput(f"{key}: must be one of {', '.join(ROUTES)}, but the job says {json.dumps(route)}")
+
+
 def _check_codec(text: str, key: str) -> None:
     importlib.import_module("mpifed.codecs").make(text, key)
 
@@ -477,6 +503,12 @@ class Job(_Table):
         default="auto",
         description="Where the bytes on the wire are read: Open MPI's counters (`mpi_t`), those of the ranks' TCP"
         " connections, or of the nodes' network interfaces; `auto` takes the first that can be read (docs/mpi.md).",
+    )
+    collectives: Annotated[str | dict[str, str], BeforeValidator(_collectives)] = Field(
+        default="library",
+        description="How messages go between rank 0 and the others: `library` (by MPI's own collectives), `flat`,"
+        ' `tree` or `hierarchical` (by node); one for all, or a table such as `{down = "tree", "up.update" ='
+        ' "hierarchical"}` (docs/mpi.md).',
     )
     algorithm: AlgorithmTable = Field(
         default_factory=AlgorithmTable, description="The algorithm and its hyper-parameters."
@@ -553,6 +585,12 @@ class Job(_Table):
     def codec_of(self, direction: Literal["up", "down"], field: str) -> str:
         """The codec of one exchanged field, as text for `mpifed.codecs.parse`."""
         return self.codec if isinstance(self.codec, str) else self.codec.get(f"{direction}.{field}", "identity")
+
+    def route_of(self, direction: Literal["up", "down"], field: str) -> str:
+        """The route of one exchanged field: its own, its direction's, or `library`."""
+        if isinstance(self.collectives, str):
+            return self.collectives
+        return self.collectives.get(f"{direction}.{field}", self.collectives.get(direction, "library"))
 
     # --- forms --------------------------------------------------------------------------------------------------------
     def canonical(self) -> str:
@@ -701,8 +739,9 @@ def merge(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
                 raise BadInput(
                     f"{'.'.join(path)}: {'.'.join(whole)} is overridden as a whole as well; drop one of them"
                 )
-    if isinstance(merged.get("codec"), dict):
-        merged["codec"] = dict(flatten(merged["codec"]))
+    for name in BY_FIELD:
+        if isinstance(merged.get(name), dict):
+            merged[name] = dict(flatten(merged[name]))
     for path in sorted(values, key=lambda path: (path[-1] != "name", len(path))):
         _set(merged, path, values[path])
     for chosen, other in (("steps", "epochs"), ("epochs", "steps")):
@@ -713,7 +752,7 @@ def merge(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
 
 def _path(key: str) -> tuple[str, ...]:
     path = tuple(key.split("."))
-    return ("codec", ".".join(path[1:])) if path[0] == "codec" and len(path) > 1 else path
+    return (path[0], ".".join(path[1:])) if path[0] in BY_FIELD and len(path) > 1 else path
 
 
 def _value(text: str) -> Any:

@@ -8,7 +8,7 @@ cross the network too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -426,8 +426,12 @@ def run(
     ranks: int = 1,
     resume: bool = False,
     prepare: Callable[[Engine], None] = lambda engine: None,
+    hosts: Sequence[str] | None = None,
 ) -> Outcome:
-    """Train a job on ranks that are threads, checkpoints in `folder`; `prepare(engine)` is called before round 1."""
+    """Train a job on ranks that are threads, checkpoints in `folder`; `prepare(engine)` is called before round 1.
+
+    `hosts`, by rank: the nodes on which they pretend to be.
+    """
 
     def rank_main(comm: Communicator) -> Engine:
         engine = engine_of(job, comm, folder, resume)
@@ -435,7 +439,7 @@ def run(
         assert engine.run()
         return engine
 
-    engines = run_ranks(ranks, rank_main)
+    engines = run_ranks(ranks, rank_main, hosts)
     clients = {client: state for engine in engines for client, state in engine.store.items()}
     root = engines[0]
     return Outcome(root.server or {}, clients, root.records.rows, root.records.ledger.rows())

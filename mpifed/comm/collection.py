@@ -22,6 +22,7 @@ from mpifed.algorithms.base import Each, Field, Mean
 from mpifed.codecs import Codec
 from mpifed.comm.communicator import Communicator, Kinds
 from mpifed.comm.ledger import label
+from mpifed.comm.routes import Route
 from mpifed.comm.summation import add_exactly, add_in_order, bound, peak
 from mpifed.federation.roster import Assignment
 from mpifed.types import State
@@ -173,9 +174,14 @@ def ways(
     return found
 
 
-def exact_slice(givers: int) -> int:
-    """Elements of an exact sum that are added at a time, where so many ranks have replies."""
-    return max(1, SLICE_BYTES // 8 // (max(1, givers) if givers <= GATHERED_RANKS else 1))
+def sums_are_gathered(givers: int, route: Route) -> bool:
+    """Whether rank 0 adds the exact sums of so many ranks itself; along a route they are added on the way."""
+    return route == "library" and givers <= GATHERED_RANKS
+
+
+def exact_slice(rows: int) -> int:
+    """Elements of an exact sum that are added at a time, where rank 0 receives so many rows of them."""
+    return max(1, SLICE_BYTES // 8 // max(1, rows))
 
 
 def gathered_slice(replies: int) -> int:
@@ -191,6 +197,14 @@ def factor_of(rule: Any, weight: float) -> float:
 def full_shape(declared: Field, length: int) -> tuple[int, ...]:
     """The declared shape with the length that only the sender knew."""
     return tuple(length if size is None else size for size in declared.shape)
+
+
+def by_route(names: Iterable[str], route: Callable[[str], Route]) -> dict[Route, list[str]]:
+    """Fields that share a message: those of each route, in the order in which a route is first seen."""
+    found: dict[Route, list[str]] = {}
+    for name in names:
+        found.setdefault(route(name), []).append(name)
+    return found
 
 
 def fused(parts: Iterable[Tensor]) -> Tensor:
@@ -212,8 +226,10 @@ class Collection:
         outgoing: Mapping[int, Outgoing],
         known: Announcement,
         dealt: Assignment,
+        route: Callable[[str], Route] = lambda name: "library",
     ) -> None:
         self._comm = comm
+        self._route = route
         self._codec = codec
         self._phase = phase
         self._fields = fields
@@ -228,24 +244,33 @@ class Collection:
         """What rank 0 receives; None on the others."""
         plain = {name: self._codec("up", name).plain for name in self._fields}
         found = ways(self._fields, reduction, self._known.bounds.__contains__, plain.__getitem__)
-        if found.whole:
-            self._gather_whole(found.whole)
+        for route, names in by_route(found.whole, self._route).items():
+            self._gather_whole(names, route)
         for name in found.exact:
-            self._reduce_exactly(name)
-        if found.sliced:
-            self._gather_slices(found.sliced)
-        for names, on_the_wire in ((found.single, torch.float32), (found.double, torch.float64)):
-            if names:
-                self._reduce(names, on_the_wire)
+            self._reduce_exactly(name, self._route(name))
+        for route, names in by_route(found.sliced, self._route).items():
+            self._gather_slices(names, route)
+        for reduced, on_the_wire in ((found.single, torch.float32), (found.double, torch.float64)):
+            for route, names in by_route(reduced, self._route).items():
+                self._reduce(names, on_the_wire, route)
         return self._received if self._comm.rank == 0 else None
 
-    def _gather_whole(self, names: Sequence[str]) -> None:
+    def _gather_whole(self, names: Sequence[str], route: Route) -> None:
         nbytes = self._known.nbytes
         counts = [sum(nbytes[name][client] for client in clients for name in names) for clients in self._by_rank]
-        mine = self._kinds({name: sum(nbytes[name][client] for client in self._here) for name in names})
-        everyone = self._kinds({name: sum(nbytes[name].values()) for name in names})
+
+        def of_clients(clients: Iterable[int]) -> Kinds:
+            return self._kinds({name: sum(nbytes[name][client] for client in clients) for name in names})
+
         send = fused(self._outgoing[client].data[name] for client in self._here for name in names)
-        buffer = self._comm.gather(send.numpy(), counts, mine, everyone)
+        buffer = self._comm.gather(
+            send.numpy(),
+            counts,
+            of_clients(self._here),
+            of_clients(self._known.clients),
+            route,
+            lambda rank: of_clients(self._by_rank[rank]),
+        )
         if buffer is None:
             return
         keys = [(name, client) for clients in self._by_rank for client in clients for name in names]
@@ -260,19 +285,19 @@ class Collection:
             else:
                 self._received.totals[name] = self._total(name, self._known.clients, replies)
 
-    def _reduce_exactly(self, name: str) -> None:
+    def _reduce_exactly(self, name: str, route: Route) -> None:
         """Each rank adds its own replies slice by slice; then the ranks' slices are added. Nothing is rounded again."""
         elements, limit = self._elements(name), self._known.bounds[name]
         values = [self._decode(name, client, self._outgoing[client].data[name]).view(-1) for client in self._here]
         factors = [self._factor(name, client) for client in self._here]
         total = torch.zeros(elements if self._comm.rank == 0 else 0, dtype=torch.float64)
         givers = sum(bool(clients) for clients in self._by_rank)
-        few = givers <= GATHERED_RANKS
-        step = exact_slice(givers)
+        few = sums_are_gathered(givers, route)
+        step = exact_slice(givers if few else 1)
         for low in range(0, elements, step):
             high = min(low + step, elements)
             part = add_exactly([value[low:high] for value in values], factors, high - low, limit)
-            summed = self._gathered_sum(name, part) if few else self._reduced_sum(name, part)
+            summed = self._gathered_sum(name, part) if few else self._reduced_sum(name, part, route)
             if summed is not None:
                 total[low:high] = summed
         self._received.totals[name] = total
@@ -290,12 +315,13 @@ class Collection:
             first.add_(other)
         return first
 
-    def _reduced_sum(self, name: str, part: Tensor) -> Tensor | None:
+    def _reduced_sum(self, name: str, part: Tensor, route: Route) -> Tensor | None:
         """At rank 0, of all ranks."""
-        summed = self._comm.reduce(part.numpy(), self._kinds({name: part.nbytes}))
+        gives = [bool(clients) for clients in self._by_rank]
+        summed = self._comm.reduce(part.numpy(), self._kinds({name: part.nbytes}), route, gives)
         return None if summed is None else torch.from_numpy(summed)
 
-    def _gather_slices(self, names: Sequence[str]) -> None:
+    def _gather_slices(self, names: Sequence[str], route: Route) -> None:
         sizes = {name: self._elements(name) * self._fields[name].dtype.itemsize for name in names}
         for name in names if self._comm.rank == 0 else ():
             self._received.totals[name] = torch.zeros(self._elements(name), dtype=torch.float64)
@@ -305,12 +331,18 @@ class Collection:
         for low in range(0, row_bytes, step):
             high = min(low + step, row_bytes)
             spans = list(_spans(names, sizes, low, high))
-            mine = self._kinds({name: (end - begin) * len(self._here) for name, begin, end, _ in spans})
-            everyone = self._kinds({n: (end - begin) * len(self._known.clients) for n, begin, end, _ in spans})
             counts = [(high - low) * len(clients) for clients in self._by_rank]
-            buffer = self._comm.gather(fused(row[low:high] for row in rows).numpy(), counts, mine, everyone)
+            # of all names, also those that this slice holds nothing of: all slices are one message to the wire's meter
+            in_slice = dict.fromkeys(names, 0) | {name: end - begin for name, begin, end, _ in spans}
+            of_ranks = [self._of_replies(in_slice, len(clients)) for clients in self._by_rank]
+            everyone = self._of_replies(in_slice, len(self._known.clients))
+            send = fused(row[low:high] for row in rows).numpy()
+            buffer = self._comm.gather(send, counts, of_ranks[self._comm.rank], everyone, route, of_ranks.__getitem__)
             if buffer is not None:
                 self._add_slice(torch.from_numpy(buffer).view(-1, high - low), spans)
+
+    def _of_replies(self, sizes: Mapping[str, int], replies: int) -> Kinds:
+        return self._kinds({name: size * replies for name, size in sizes.items()})
 
     def _add_slice(self, rows: Tensor, spans: Sequence[tuple[str, int, int, int]]) -> None:
         """Add a slice of every reply, `rows` being in rank order, to the totals, in the order of client ids."""
@@ -324,14 +356,14 @@ class Collection:
             factors = [self._factor(name, client) for client in self._known.clients]
             add_in_order(target, [part.view(dtype) for part in parts], factors)
 
-    def _reduce(self, names: Sequence[str], on_the_wire: torch.dtype) -> None:
+    def _reduce(self, names: Sequence[str], on_the_wire: torch.dtype, route: Route) -> None:
         totals = {}
         for name in names:
             replies = (self._decode(name, client, self._outgoing[client].data[name]) for client in self._here)
             totals[name] = self._total(name, self._here, replies).to(on_the_wire)
         kinds = self._kinds({name: total.nbytes for name, total in totals.items()})
         vector = torch.cat(list(totals.values())) if len(totals) > 1 else totals[names[0]]
-        summed = self._comm.reduce(vector.numpy(), kinds)
+        summed = self._comm.reduce(vector.numpy(), kinds, route)
         if summed is not None:
             parts = torch.from_numpy(summed).split([total.numel() for total in totals.values()])
             for name, part in zip(names, parts, strict=True):

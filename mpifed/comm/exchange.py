@@ -1,14 +1,16 @@
 """The exchange: payloads to buffers, buffers to collectives, and back; the same collectives on every rank.
 
-A download is one broadcast of all shared fields, and one scatter where every client gets its own; before it come the
-sizes, where the declarations do not decide them. An upload is announced first (one small sum over the ranks tells every
-rank every reply's status, weight and sizes), and then collected (`mpifed.comm.collection`).
+A download is one broadcast of all shared fields, and one scatter where every client gets its own (of each route, where
+the job names several); before it come the sizes, where the declarations do not decide them. An upload is announced
+first (one small sum over the ranks tells every rank every reply's status, weight and sizes), and then collected
+(`mpifed.comm.collection`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +25,7 @@ from mpifed.comm.collection import (
     Outgoing,
     Received,
     Sizes,
+    by_route,
     factor_of,
     full_shape,
     fused,
@@ -30,6 +33,7 @@ from mpifed.comm.collection import (
 )
 from mpifed.comm.communicator import CONTROL, Communicator
 from mpifed.comm.ledger import WEIGHT, label
+from mpifed.comm.routes import Route
 from mpifed.comm.summation import bound, peak
 from mpifed.federation.roster import Assignment
 from mpifed.rng import derive
@@ -47,7 +51,8 @@ def _unknown_length(declared: Field, value: Tensor, name: str) -> int:
 
 
 class Exchange:
-    """Carries the payloads of a run. `codec(direction, name)` is the codec of a field."""
+    """Carries the payloads of a run. `codec(direction, name)` is the codec of a field, `route(direction, name)` its
+    route; fields of one route share a message."""
 
     def __init__(
         self,
@@ -55,9 +60,11 @@ class Exchange:
         codec: Callable[[str, str], Codec],
         reduction: Literal["ordered", "tree"],
         device: torch.device,
+        route: Callable[[str, str], Route] = lambda direction, name: "library",
     ) -> None:
         self._comm = comm
         self._codec = codec
+        self._route = route
         self._reduction = reduction
         self._device = device
         self.memory: State = {}
@@ -120,28 +127,27 @@ class Exchange:
             comm.broadcast(header, {CONTROL: header.nbytes})
             heads, row_sizes = header[: heads.size].reshape(heads.shape), header[heads.size :].reshape(row_sizes.shape)
 
+        size_of = {name: int(heads[i, 0]) for i, name in enumerate(shared)}
+        arrived: dict[str, Tensor] = {}
+        for route, names in by_route(shared, partial(self._route, "down")).items():
+            size = sum(size_of[name] for name in names)
+            buffer = fused(encoded[name] for name in names) if root else torch.empty(size, dtype=torch.uint8)
+            comm.broadcast(buffer.numpy(), {label(phase, "down", name): size_of[name] for name in names}, route)
+            arrived |= zip(names, buffer.split([size_of[name] for name in names]), strict=True)
         sizes: Sizes = {}
         result: Payload = {}
-        if shared:
-            kinds = {label(phase, "down", name): int(heads[i, 0]) for i, name in enumerate(shared)}
-            size = int(heads[:, 0].sum())
-            buffer = fused(encoded.values()) if root else torch.empty(size, dtype=torch.uint8)
-            comm.broadcast(buffer.numpy(), kinds)
-            start = 0
-            for i, (name, declared) in enumerate(shared.items()):
-                size, length = int(heads[i, 0]), int(heads[i, 1])
-                data = buffer[start : start + size]
-                start += size
-                value = self._codec("down", name).decode(
-                    data, full_shape(declared, length), declared.dtype, declared.layout
-                )
-                result[name] = value.to(self._device)
-                receivers = range(everybody) if declared.to == "everybody" else dealt.clients
-                sizes["down", name] = dict.fromkeys(receivers, size)
+        for i, (name, declared) in enumerate(shared.items()):
+            value = self._codec("down", name).decode(
+                arrived[name], full_shape(declared, int(heads[i, 1])), declared.dtype, declared.layout
+            )
+            result[name] = value.to(self._device)
+            receivers = range(everybody) if declared.to == "everybody" else dealt.clients
+            sizes["down", name] = dict.fromkeys(receivers, size_of[name])
         mine: dict[int, Payload] = {client: {} for client in dealt.by_rank[comm.rank]}
-        if own:
-            self._scatter(phase, own, rows, row_sizes, dealt, mine, sizes)
-        return result, mine, sizes
+        lengths = {(name, c): row_sizes[i, j] for i, name in enumerate(own) for j, c in enumerate(dealt.clients)}
+        for route, names in by_route(own, partial(self._route, "down")).items():
+            self._scatter(phase, {name: own[name] for name in names}, rows, lengths, dealt, mine, sizes, route)
+        return result, {client: {name: mine[client][name] for name in own} for client in mine}, sizes
 
     def _declared_sizes(self, direction: str, fields: Mapping[str, Field]) -> dict[str, int] | None:
         """Encoded bytes of every field, where the declarations decide all of them."""
@@ -176,25 +182,31 @@ class Exchange:
         phase: str,
         own: Mapping[str, Field],
         rows: Mapping[tuple[str, int], Tensor],
-        row_sizes: np.ndarray[Any, Any],
+        row_sizes: Mapping[tuple[str, int], np.ndarray[Any, Any]],
         dealt: Assignment,
         mine: dict[int, Payload],
         sizes: Sizes,
+        route: Route,
     ) -> None:
+        """`row_sizes` by field and client: bytes, and the length that the declaration leaves open."""
         comm = self._comm
-        place = {client: j for j, client in enumerate(dealt.clients)}
-        size_of = {(n, c): int(row_sizes[i, j, 0]) for i, n in enumerate(own) for c, j in place.items()}
+        size_of = {(name, client): int(row_sizes[name, client][0]) for name in own for client in dealt.clients}
         order = [(name, client) for clients in dealt.by_rank for client in clients for name in own]
         counts = [sum(size_of[name, c] for c in clients for name in own) for clients in dealt.by_rank]
         here = dealt.by_rank[comm.rank]
-        kinds = {label(phase, "down", name): sum(size_of[name, client] for client in here) for name in own}
-        sent = {label(phase, "down", name): sum(size_of[name, client] for client in dealt.clients) for name in own}
+
+        def kinds_for(clients: Sequence[int]) -> dict[str, int]:
+            return {label(phase, "down", name): sum(size_of[name, client] for client in clients) for name in own}
+
         send = fused(rows[key] for key in order).numpy() if comm.rank == 0 else None
-        buffer = torch.from_numpy(comm.scatter(send, counts, kinds, sent))
+        dealt_out = comm.scatter(
+            send, counts, kinds_for(here), kinds_for(dealt.clients), route, lambda rank: kinds_for(dealt.by_rank[rank])
+        )
+        buffer = torch.from_numpy(dealt_out)
         start = 0
         for client in here:
-            for i, (name, declared) in enumerate(own.items()):
-                size, length = (int(number) for number in row_sizes[i, place[client]])
+            for name, declared in own.items():
+                size, length = (int(number) for number in row_sizes[name, client])
                 data = buffer[start : start + size]
                 start += size
                 shape = full_shape(declared, length)
@@ -284,5 +296,6 @@ class Exchange:
         dealt: Assignment,
     ) -> Received | None:
         """Bring the announced replies to rank 0; the others get None."""
-        collection = Collection(self._comm, self._codec, self._device, phase, fields, outgoing, known, dealt)
+        route = partial(self._route, "up")
+        collection = Collection(self._comm, self._codec, self._device, phase, fields, outgoing, known, dealt, route)
         return collection.run(self._reduction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -19,14 +20,47 @@ class _World:
         self.size = size
         self.barrier = threading.Barrier(size)
         self.slots: list[Buffer | None] = [None] * size
+        pairs = [(sender, receiver) for sender in range(size) for receiver in range(size)]
+        self.mail: dict[tuple[int, int], queue.SimpleQueue[Buffer]] = {pair: queue.SimpleQueue() for pair in pairs}
+
+
+class _Mail:
+    """A copy of what is sent lies in the queue of its two ranks until the other one takes it."""
+
+    def __init__(self, world: _World, rank: int) -> None:
+        self._world, self._rank = world, rank
+
+    def send(self, buffer: Buffer, to: int) -> None:
+        self._world.mail[self._rank, to].put(buffer.copy())
+
+    def receive(self, buffer: Buffer, source: int) -> tuple[Buffer, int]:
+        return buffer, source
+
+    def finish(self, request: tuple[Buffer, int] | None) -> None:
+        if request is None:
+            return
+        buffer, source = request
+        while not self._world.barrier.broken:  # which another rank's failure does
+            try:
+                came = self._world.mail[source, self._rank].get(timeout=0.05)
+            except queue.Empty:
+                continue
+            assert (came.dtype, came.shape) == (buffer.dtype, buffer.shape), "a message of an unannounced length"
+            np.copyto(buffer, came)
+            return
+        raise threading.BrokenBarrierError
 
 
 class InProcess(Communicator):
-    """One rank of a world of threads; `InProcess.alone()` is a world of one."""
+    """One rank of a world of threads, as if it were on node `host`; `InProcess.alone()` is a world of one."""
 
-    def __init__(self, world: _World, rank: int) -> None:
+    def __init__(self, world: _World, rank: int, host: str | None = None) -> None:
         super().__init__(rank, world.size)
-        self._world = world
+        self._world, self._host = world, host
+        self.peers = _Mail(world, rank)
+
+    def host(self) -> str:
+        return super().host() if self._host is None else self._host
 
     @classmethod
     def alone(cls) -> InProcess:
@@ -93,15 +127,18 @@ class InProcess(Communicator):
         os._exit(code)
 
 
-def run_ranks(size: int, main: Callable[[Communicator], T]) -> list[T]:
-    """`main(comm)` on `size` ranks that are threads; their results in rank order. A rank's exception ends all."""
+def run_ranks(size: int, main: Callable[[Communicator], T], hosts: Sequence[str] | None = None) -> list[T]:
+    """`main(comm)` on `size` ranks that are threads; their results in rank order. A rank's exception ends all.
+
+    `hosts`, by rank: the nodes on which they pretend to be.
+    """
     world = _World(size)
     results: list[T | None] = [None] * size
     errors: list[BaseException] = []
 
     def rank_main(rank: int) -> None:
         try:
-            results[rank] = main(InProcess(world, rank))
+            results[rank] = main(InProcess(world, rank, hosts[rank] if hosts else None))
         except threading.BrokenBarrierError:
             pass  # another rank failed
         except BaseException as error:

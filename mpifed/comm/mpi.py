@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from mpifed.comm.communicator import Buffer, Communicator
 from mpifed.comm.inprocess import InProcess
 from mpifed.errors import BadInput
@@ -39,6 +41,7 @@ class Mpi(Communicator):
         self._meeting = MPI.COMM_WORLD.Dup()  # a collective here is never taken for one of `_comm`'s
         super().__init__(self._comm.rank, self._comm.size)
         self.handle = int(MPI._addressof(MPI.COMM_WORLD))
+        self.peers = _Peers(self)
 
     def library(self) -> str:
         """The MPI library's own name and version, one line."""
@@ -92,6 +95,22 @@ class Mpi(Communicator):
 
     def abort(self, code: int) -> None:
         self._comm.Abort(code)
+
+
+class _Peers:
+    """Non-blocking messages on a communicator's own duplicate, polled as its collectives are."""
+
+    def __init__(self, mpi: Mpi) -> None:
+        self._mpi = mpi
+
+    def send(self, buffer: Buffer, to: int) -> Any:
+        return self._mpi._comm.Isend([buffer.view(np.uint8), self._mpi._mpi.BYTE], dest=to)
+
+    def receive(self, buffer: Buffer, source: int) -> Any:
+        return self._mpi._comm.Irecv([buffer.view(np.uint8), self._mpi._mpi.BYTE], source=source)
+
+    def finish(self, request: Any) -> None:
+        self._mpi._finish(request)
 
 
 def world() -> Communicator:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from mpifed.algorithms.base import Algorithm, Model, field_names
 from mpifed.codecs import Codec, make
 from mpifed.comm.communicator import Communicator
 from mpifed.comm.imagined import Imagined
+from mpifed.comm.routes import Nodes, Route
 from mpifed.component import accepts
 from mpifed.data.partition import Partition
 from mpifed.data.public import Public, Relabelled, Rest
@@ -60,8 +60,7 @@ class Federation:
     def build(cls, job: Job, comm: Communicator) -> Federation:
         """Set up everything but states. Raises BadInput, the same on every rank, where the job cannot be run."""
         torch.set_num_threads(job.threads)
-        said = comm.gather_bytes(socket.gethostname().encode())
-        hosts = comm.broadcast_json([name.decode() for name in said] if said is not None else None)
+        hosts = comm.find_nodes()
         device = agree_on_device(job, comm, hosts)
         share = job.data.share == "auto"
         sets = [load(comm, hosts, make) if share else on_every_rank(comm, make) for make in _data_sets(job)]
@@ -73,7 +72,9 @@ class Federation:
         """The same for a plan, as rank 0 of ranks on these hosts would have it, without any rank but this process."""
         torch.set_num_threads(job.threads)
         sets = [make() for make in _data_sets(job)]
-        return cls._build(job, Imagined(len(hosts)), list(hosts), choose_device(job.device, 0), sets)
+        comm = Imagined(len(hosts))
+        comm.nodes = Nodes.of(hosts)
+        return cls._build(job, comm, list(hosts), choose_device(job.device, 0), sets)
 
     @classmethod
     def _build(
@@ -89,7 +90,8 @@ class Federation:
             source = Relabelled(source, public.classes)
         env = RunEnv(job, source.spec, len(partition.train), device, public)
         _check_names(job, algorithm, env)
-        _check_codec_fields(job, algorithm, env)
+        for table in ("codec", "collectives"):
+            _check_fields(table, getattr(job, table), job, algorithm, env)
         roster = Roster(
             seed=job.seed,
             ranks=comm.size,
@@ -194,6 +196,10 @@ class Federation:
         """The codec of one exchanged field."""
         return _codec(self.job.codec_of(direction, name), f"codec.{direction}.{name}")  # type: ignore[arg-type]
 
+    def route(self, direction: str, name: str) -> Route:
+        """The route of one exchanged field."""
+        return cast(Route, self.job.route_of(direction, name))  # type: ignore[arg-type]
+
 
 def _rows(source: Source, split: Split, indices: npt.NDArray[np.int64]) -> Tests:
     labels = source.train_labels if split == "train" else source.test_labels
@@ -227,13 +233,13 @@ def _check_names(job: Job, algorithm: Algorithm, env: RunEnv) -> None:
             )
 
 
-def _check_codec_fields(job: Job, algorithm: Algorithm, env: RunEnv) -> None:
-    """Raise BadInput where the job's codec table names a field that the algorithm does not exchange."""
+def _check_fields(table: str, by_field: str | Mapping[str, str], job: Job, algorithm: Algorithm, env: RunEnv) -> None:
+    """Raise BadInput where a table of the job names a field that the algorithm does not exchange."""
     known = dict.fromkeys(f"{way}.{name}" for way, name in field_names(algorithm.phases(env)))
-    for name in {} if isinstance(job.codec, str) else job.codec:
-        if name not in known:
+    for name in {} if isinstance(by_field, str) else by_field:
+        if "." in name and name not in known:
             raise BadInput(
-                f"codec.{name}: {job.algorithm.name} exchanges no such field; known: {', '.join(known) or 'none'}"
+                f"{table}.{name}: {job.algorithm.name} exchanges no such field; known: {', '.join(known) or 'none'}"
             )
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from mpifed.comm.collection import GATHERED_RANKS, exact_slice, gathered_slice, sums_exactly, ways
+from mpifed.comm.collection import by_route, exact_slice, gathered_slice, sums_are_gathered, sums_exactly, ways
 from mpifed.comm.communicator import CONTROL
 from mpifed.comm.ledger import label, unlabel
+from mpifed.comm.routes import Route, Tree, tree_of
 from mpifed.federation.federation import Federation
 from mpifed.federation.plan import Step, steps
 from mpifed.federation.roster import Assignment
@@ -38,6 +40,7 @@ class Call:
     sent: Mapping[str, OfRanks]
     received: Mapping[str, OfRanks]
     pieces: int = 1
+    route: Route = "library"
 
     @property
     def bytes_of_ranks(self) -> OfRanks:
@@ -106,11 +109,13 @@ class Planner:
         own = [name for name, declared in step.down.items() if declared.to == "each"]
         if not all(step.sizes["down", name].exact for name in step.down):
             yield self._broadcast({CONTROL: 16 * (len(shared) + len(own) * len(step.asked))})
-        if shared:
-            yield self._broadcast({label(step.phase.name, "down", name): size("down", name) for name in shared})
-        if own:
-            received = {label(step.phase.name, "down", name): size("down", name) * clients for name in own}
-            yield Call("scatter", {kind: self._at_root(int(all_.sum())) for kind, all_ in received.items()}, received)
+        down = partial(self.federation.route, "down")
+        for route, names in by_route(shared, down).items():
+            yield self._broadcast({label(step.phase.name, "down", name): size("down", name) for name in names}, route)
+        for route, names in by_route(own, down).items():
+            mine = {label(step.phase.name, "down", name): size("down", name) * clients for name in names}
+            sent, received = self._parts(mine, route)
+            yield Call("scatter", received, sent, route=route)  # a gather the other way round
 
     def _announcement(self, step: Step) -> Call:
         exact = sum(self._is_exact(step, name) for name in step.up)
@@ -121,30 +126,32 @@ class Planner:
         def kind(name: str) -> str:
             return label(step.phase.name, "up", name)
 
-        def gather(names: Sequence[str], pieces: int) -> Call:
-            sent = {kind(name): size("up", name) * clients for name in names}
-            return Call("gather", sent, {name: self._at_root(int(all_.sum())) for name, all_ in sent.items()}, pieces)
+        def gather(names: Sequence[str], pieces: int, route: Route) -> Call:
+            return Call("gather", *self._parts({kind(n): size("up", n) * clients for n in names}, route), pieces, route)
 
         plain = {name: self.federation.codec("up", name).plain for name in step.up}
         exact = {name: self._is_exact(step, name) for name in step.up}
         found = ways(step.up, self.federation.job.reduce, exact.__getitem__, plain.__getitem__)
-        if found.whole:
-            yield gather(found.whole, 1)
-        givers = int((clients > 0).sum())
+        up = partial(self.federation.route, "up")
+        for route, names in by_route(found.whole, up).items():
+            yield gather(names, 1, route)
+        gives = clients > 0
+        givers = int(gives.sum())
         for name in found.exact:
-            elements = _elements(step, name)
-            pieces = -(-elements // exact_slice(givers))
-            if givers <= GATHERED_RANKS:
-                sent = {kind(name): 8 * elements * (clients > 0)}
-                yield Call("gather", sent, {kind(name): self._at_root(8 * elements * givers)}, pieces)
+            elements, route = _elements(step, name), up(name)
+            gathered = sums_are_gathered(givers, route)
+            pieces = -(-elements // exact_slice(givers if gathered else 1))
+            if gathered:
+                yield Call("gather", *self._parts({kind(name): 8 * elements * gives}, route), pieces)
             else:
-                yield self._reduce({kind(name): 8 * elements}, pieces)
-        if found.sliced:
-            row = sum(size("up", name) for name in found.sliced)
-            yield gather(found.sliced, max(1, -(-row // gathered_slice(len(step.asked)))))
-        for names, width in ((found.single, 4), (found.double, 8)):
-            if names:
-                yield self._reduce({kind(name): width * _elements(step, name) for name in names}, 1)
+                yield self._reduce({kind(name): 8 * elements}, pieces, route, gives)
+        for route, names in by_route(found.sliced, up).items():
+            row = sum(size("up", name) for name in names)
+            yield gather(names, max(1, -(-row // gathered_slice(len(step.asked)))), route)
+        for reduced, width in ((found.single, 4), (found.double, 8)):
+            for route, names in by_route(reduced, up).items():
+                kinds = {kind(name): width * _elements(step, name) for name in names}
+                yield self._reduce(kinds, 1, route, np.ones(self.ranks, bool))
 
     def _is_exact(self, step: Step, name: str) -> bool:
         return sums_exactly(step.up[name], self.federation.job.reduce, self.federation.codec("up", name).plain)
@@ -166,13 +173,35 @@ class Planner:
         of_ranks[0] = 0
         return of_ranks
 
-    def _broadcast(self, kinds: Mapping[str, int]) -> Call:
-        sent = {kind: self._at_root(size) for kind, size in kinds.items()}
-        return Call("broadcast", sent, {kind: self._at_others(size) for kind, size in kinds.items()})
+    def _tree(self, route: Route, parts: bool = False) -> Tree:
+        return tree_of(route, self.federation.comm.nodes, parts)
 
-    def _reduce(self, kinds: Mapping[str, int], pieces: int) -> Call:
-        sent = {kind: np.full(self.ranks, size, np.int64) for kind, size in kinds.items()}
-        return Call("reduce", sent, {kind: self._at_root(size) for kind, size in kinds.items()}, pieces)
+    def _broadcast(self, kinds: Mapping[str, int], route: Route = "library") -> Call:
+        copies = self._at_root(1)
+        if route != "library":
+            copies = np.array([len(children) for children in self._tree(route).children], np.int64)
+        received = {kind: self._at_others(size) for kind, size in kinds.items()}
+        return Call("broadcast", {kind: size * copies for kind, size in kinds.items()}, received, route=route)
+
+    def _parts(self, kinds: Mapping[str, OfRanks], route: Route) -> tuple[dict[str, OfRanks], dict[str, OfRanks]]:
+        """Sent and received by each rank where rank 0 gathers what is every rank's own."""
+        if route == "library":
+            return dict(kinds), {kind: self._at_root(int(own.sum())) for kind, own in kinds.items()}
+        below = self._tree(route, parts=True).below
+        received = {
+            kind: np.array([own[list(others)].sum() for others in below], np.int64) for kind, own in kinds.items()
+        }
+        return {kind: (own + received[kind]) * self._at_others(1) for kind, own in kinds.items()}, received
+
+    def _reduce(self, kinds: Mapping[str, int], pieces: int, route: Route, gives: npt.NDArray[np.bool_]) -> Call:
+        sends, hears = np.ones(self.ranks, np.int64), self._at_root(1)
+        if route != "library":
+            tree = self._tree(route)
+            active = np.array([any(gives[[rank, *below]]) for rank, below in enumerate(tree.below)], np.int64)
+            sends = active * self._at_others(1)
+            hears = np.array([active[list(children)].sum() for children in tree.children], np.int64)
+        sent, received = ({kind: size * of for kind, size in kinds.items()} for of in (sends, hears))
+        return Call("reduce", sent, received, pieces, route)
 
     def _sum(self, numbers: int) -> Call:
         every = {CONTROL: np.full(self.ranks, 8 * numbers, np.int64)}

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from mpifed.comm.communicator import CONTROL, Buffer, Communicator
+from mpifed.comm.relay import Peers
+from mpifed.comm.routes import Nodes, Route
 
 Check = Callable[[Communicator], None]
 SIZES = (0, 1, 7, 60)
@@ -39,6 +41,34 @@ def chunks(comm: Communicator, nbytes: int) -> Iterator[None]:
         yield
     finally:
         del comm.chunk_bytes
+
+
+@contextmanager
+def on_nodes(comm: Communicator, hosts: list[str]) -> Iterator[None]:
+    """The ranks pretend to be on these nodes."""
+    usual, comm.nodes = comm.nodes, Nodes.of(hosts)
+    try:
+        yield
+    finally:
+        comm.nodes = usual
+
+
+def every_route(comm: Communicator) -> Iterator[Route]:
+    """Every route but the library's, by node on one node, on nodes of three ranks, dealt by turns, and one each."""
+    yield from ("flat", "tree", "hierarchical")
+    for node_of in (lambda rank: rank // 3, lambda rank: rank % 2, lambda rank: rank):
+        with on_nodes(comm, [f"node{node_of(rank)}" for rank in range(comm.size)]):
+            yield "hierarchical"
+
+
+@contextmanager
+def pieces(comm: Communicator, nbytes: int) -> Iterator[None]:
+    """Along routes, so many bytes are passed on at a time."""
+    comm.piece_bytes = nbytes
+    try:
+        yield
+    finally:
+        del comm.piece_bytes
 
 
 # --- one collective each ----------------------------------------------------------------------------------------------
@@ -155,6 +185,89 @@ def agree(comm: Communicator) -> None:
     assert comm.agree(later) == f"rank {comm.size // 2}"
 
 
+# --- along routes -----------------------------------------------------------------------------------------------------
+def routes(comm: Communicator) -> None:
+    """What arrives is what arrives by the library; in pieces of 40 bytes too, so that many are passed on."""
+    for nbytes in (1 << 20, 40):
+        with pieces(comm, nbytes):
+            for route in every_route(comm):
+                _arrives(comm, route)
+
+
+def _arrives(comm: Communicator, route: Route) -> None:
+    for size in SIZES:
+        buffer = data(comm.rank, size).astype(np.int64)
+        comm.broadcast(buffer, {"m": buffer.nbytes}, route)
+        assert np.array_equal(buffer, data(0, size)), (route, size)
+    for counts in ([0] * comm.size, [3] * comm.size, uneven(comm.size), [40 + count for count in uneven(comm.size)]):
+        whole = np.concatenate([data(rank, count) for rank, count in enumerate(counts)])
+        mine = {"m": counts[comm.rank]}
+        received = comm.gather(data(comm.rank, counts[comm.rank]), counts, mine, {}, route)
+        assert (received is None) == (comm.rank > 0)
+        assert received is None or np.array_equal(received, whole), (route, counts)
+        dealt = comm.scatter(whole if comm.rank == 0 else None, counts, mine, {}, route)
+        assert np.array_equal(dealt, data(comm.rank, counts[comm.rank])), (route, counts)
+
+
+def reduce_along_routes(comm: Communicator) -> None:
+    """Whole and small values, so exact in any order; also where some ranks, or all, or all of a node give nothing."""
+    with pieces(comm, 40):
+        for route in every_route(comm):
+            for gives in ([True] * comm.size, [rank % 3 == 1 for rank in range(comm.size)], [False] * comm.size):
+                for size in SIZES:
+                    for dtype in (np.float32, np.float64):
+                        values = [data(rank, size).astype(dtype) * gives[rank] for rank in range(comm.size)]
+                        mine = values[comm.rank].copy()
+                        total = comm.reduce(mine, {"m": mine.nbytes}, route, gives)
+                        assert np.array_equal(mine, values[comm.rank])  # a rank's own values stay as they are
+                        assert (total is None) == (comm.rank > 0)
+                        if total is not None:
+                            assert total.dtype == dtype and np.array_equal(total, sum(values)), (route, gives, size)
+
+
+def routes_send_what_is_counted(comm: Communicator) -> None:
+    """What a rank hands to MPI, to send and to fill, is what is counted, label by label; every byte that somebody sends
+    is received by somebody."""
+    counts = uneven(comm.size)
+    of_rank = [{"a": count // 2, "b": count - count // 2} for count in counts]
+    everyone = {label: sum(kinds[label] for kinds in of_rank) for label in "ab"}
+    whole, mine = data(0, sum(counts)) if comm.rank == 0 else None, of_rank[comm.rank]
+    for route in every_route(comm):
+        comm.traffic.take()
+        with pieces(comm, 64), recorded(comm) as calls:
+            comm.broadcast(data(0, 100), {"a": 60, "b": 40}, route)
+            comm.gather(data(comm.rank, counts[comm.rank]), counts, mine, everyone, route, of_rank.__getitem__)
+            comm.scatter(whole, counts, mine, everyone, route, of_rank.__getitem__)
+            comm.reduce(np.zeros(10), {"a": 80}, route, [rank % 2 == 1 for rank in range(comm.size)])
+        sent, received = comm.traffic.take()
+        assert {name for name, _, _ in calls} <= {"send", "receive"}, "a route uses none of the library's collectives"
+        assert sum(sent.values()) == sum(call[1] for call in calls), route
+        assert sum(received.values()) == sum(call[2] for call in calls), route
+        for label in "ab":
+            totals = comm.sum_everywhere(np.array([sent.get(label, 0), received.get(label, 0)], np.float64))
+            assert totals[0] == totals[1], (route, label)
+
+
+def one_crossing_for_a_node(comm: Communicator) -> None:
+    """Two nodes, ranks dealt to them by turns: between them go one copy down and one sum up, of 800 bytes each, and
+    every gathered byte of the other node's ranks once; by the flat route one for each of its ranks."""
+    far = comm.size // 2
+    for route, copies in (("flat", far), ("hierarchical", min(1, far))):
+        with on_nodes(comm, [f"node{rank % 2}" for rank in range(comm.size)]):
+            with recorded(comm, partners=True) as down:
+                comm.broadcast(np.zeros(100), {"m": 800}, route)
+            with recorded(comm, partners=True) as up:
+                comm.reduce(np.zeros(100), {"m": 800}, route)
+            with recorded(comm, partners=True) as parts:
+                comm.gather(data(comm.rank, 100), [100] * comm.size, {"m": 100}, {}, route)
+        crossed = [
+            sum(sent for name, sent, _ in calls if sent and int(name.split()[1]) % 2 != comm.rank % 2)
+            for calls in (down, up, parts)
+        ]
+        totals = comm.sum_everywhere(np.array(crossed, np.float64))
+        assert totals.tolist() == [800 * copies, 800 * copies, 100 * far], route
+
+
 # --- large messages are cut -------------------------------------------------------------------------------------------
 def small_chunks_change_nothing(comm: Communicator) -> None:
     """Every collective once more in pieces: of one float64, of no multiple of it, and of exactly the message."""
@@ -177,10 +290,29 @@ def no_call_moves_more_than_a_chunk(comm: Communicator) -> None:
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
+class Watched:
+    """A rank's messages to others, written down in `calls`; with `partners`, the other rank is part of the name."""
+
+    def __init__(self, peers: Peers, calls: list[tuple[str, int, int]], partners: bool) -> None:
+        self._peers, self._calls, self._partners = peers, calls, partners
+
+    def send(self, buffer: Buffer, to: int) -> Any:
+        self._calls.append((f"send {to}" if self._partners else "send", buffer.nbytes, 0))
+        return self._peers.send(buffer, to)
+
+    def receive(self, buffer: Buffer, source: int) -> Any:
+        self._calls.append((f"receive {source}" if self._partners else "receive", 0, buffer.nbytes))
+        return self._peers.receive(buffer, source)
+
+    def finish(self, request: Any) -> None:
+        self._peers.finish(request)
+
+
 @contextmanager
-def recorded(comm: Communicator) -> Iterator[list[tuple[str, int, int]]]:
-    """What the implementation is handed meanwhile: (call, bytes to send, bytes to fill)."""
+def recorded(comm: Communicator, partners: bool = False) -> Iterator[list[tuple[str, int, int]]]:
+    """What the implementation is handed meanwhile: (call, bytes to send, bytes to fill); `partners` as in `Watched`."""
     calls: list[tuple[str, int, int]] = []
+    peers = comm.peers
 
     def watch(name: str, sizes: Callable[..., tuple[int, int]]) -> None:
         act = getattr(comm, name)
@@ -198,9 +330,11 @@ def recorded(comm: Communicator) -> Iterator[list[tuple[str, int, int]]]:
     watch("_broadcast", lambda buffer: (size(buffer), 0) if root else (0, size(buffer)))
     for name in ("_gather", "_scatter", "_reduce", "_allreduce"):
         watch(name, lambda send, receive, *counts: (size(send), size(receive)))
+    comm.peers = Watched(peers, calls, partners)
     try:
         yield calls
     finally:
+        comm.peers = peers
         for name in ("_broadcast", "_gather", "_scatter", "_reduce", "_allreduce"):
             delattr(comm, name)
 
@@ -281,6 +415,10 @@ CHECKS: dict[str, Check] = {
         broadcast_json,
         gather_bytes,
         agree,
+        routes,
+        reduce_along_routes,
+        routes_send_what_is_counted,
+        one_crossing_for_a_node,
         small_chunks_change_nothing,
         no_call_moves_more_than_a_chunk,
         traffic_is_what_mpi_is_handed,

@@ -27,6 +27,7 @@ LEAVES = (
     "mpifed.models",
     "mpifed.codecs",
     "mpifed.comm.ledger",
+    "mpifed.comm.routes",
 )
 ALGORITHMS_MAY_IMPORT = ("mpifed.algorithms", "mpifed.types", "mpifed.learning", "mpifed.models", "mpifed.rng")
 REPORT_NEVER_REACHES = ("mpifed.engine", "mpifed.journal", "mpifed.comm", "mpifed.algorithms", "torch", "mpi4py")

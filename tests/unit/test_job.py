@@ -11,16 +11,18 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
 from pydantic import Field
 
+from mpifed.comm.routes import Route
 from mpifed.component import parameters, resolve
 from mpifed.errors import BadInput
 from mpifed.federation import roster
 from mpifed.job import (
     DEFAULT_JOB,
+    ROUTES,
     UNHASHED,
     AlgorithmTable,
     DataTable,
@@ -256,6 +258,11 @@ MALFORMED: list[tuple[str, list[str]]] = [
     ("codec.up.update", ["codec.up.update=zip"]),
     ("codec.sideways.update", ["codec.sideways.update=svd"]),
     ("codec.update", ["codec.update=svd"]),
+    ("collectives", ["collectives=ring"]),
+    ("collectives", ["collectives=3"]),
+    ("collectives.up", ["collectives.up=3"]),
+    ("collectives.update", ["collectives.update=flat"]),
+    ("collectives.up.update", ["collectives.up.update=star"]),
     # keys that do not go together
     ("participation", ["participation=11"]),
     ("min_replies", ["min_replies=6"]),
@@ -396,6 +403,17 @@ def test_a_codec_for_one_field_or_for_all() -> None:
     assert load(JOB, ["codec.up.update=identity"]).codec == {"up.update": "identity"}
 
 
+def test_a_route_for_one_field_for_a_direction_or_for_all() -> None:
+    assert load(JOB).route_of("up", "update") == "library"
+    assert load(JOB, ["collectives=flat"]).route_of("down", "model") == "flat"
+    job = load(JOB, ["collectives.up=tree", "collectives.up.update=hierarchical"])
+    assert job.collectives == {"up": "tree", "up.update": "hierarchical"}
+    assert get_args(Route) == ROUTES
+    routes = [job.route_of(*field) for field in (("up", "update"), ("up", "counts"), ("down", "model"))]
+    assert routes == ["hierarchical", "tree", "library"]
+    assert load(job.to_toml()) == job
+
+
 @uses_fakes
 def test_one_client_is_not_all_clients() -> None:
     assert load(JOB, ["participation=1"]).most_participants == 1
@@ -476,6 +494,7 @@ UNHASHED_CHANGES = [
     "share_gpus=true",
     "turns=off",
     "measure_wire=off",
+    "collectives=flat",
     "round_timeout=5",
     "time_limit=5",
     "client_state_mb=1",

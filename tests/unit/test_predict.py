@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ Predicted = dict[tuple[int, str, str, str, int], tuple[int, int, int]]
 """(logical, sent, filled) by round, phase, direction, kind and rank."""
 
 
-def predicted(job: Job, ranks: int, most: bool = False) -> Predicted:
-    planner = Planner(Federation.planned(job, ["here"] * ranks))
+def predicted(job: Job, ranks: int, most: bool = False, hosts: Sequence[str] | None = None) -> Predicted:
+    planner = Planner(Federation.planned(job, hosts or ["here"] * ranks))
     found: Predicted = {}
     for exchange in planner.exchanges():
         for (phase, direction, kind), columns in amounts(exchange, planner.usual_clients(), most).items():
@@ -40,8 +40,8 @@ def predicted(job: Job, ranks: int, most: bool = False) -> Predicted:
     return {key: columns for key, columns in found.items() if any(columns)}
 
 
-def counted(job: Job, folder: Path, ranks: int) -> Predicted:
-    return {tuple(entry[:5]): tuple(entry[5:]) for entry in run(job, folder, ranks).ledger}  # type: ignore[misc]
+def counted(job: Job, folder: Path, ranks: int, hosts: Sequence[str] | None = None) -> Predicted:
+    return {tuple(entry[:5]): tuple(entry[5:]) for entry in run(job, folder, ranks, hosts=hosts).ledger}  # type: ignore[misc]
 
 
 def same_bytes(told: Predicted, found: Predicted, rounds: int, ranks: int) -> None:
@@ -94,6 +94,25 @@ def test_bytes_of_other_exchanges(changes: Mapping[str, Any], ranks: int, tmp_pa
     job = job_of({"name": "fedavg"}, **changes)
     told, found = predicted(job, ranks), counted(job, tmp_path, ranks)
     same_bytes(told, {key: entry for key, entry in found.items() if key[3] != "list"}, job.rounds, ranks)
+
+
+@pytest.mark.parametrize("route", ["flat", "tree", "hierarchical"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        LONG | {"algorithm": {"name": "scaffold"}, "participation": 2},
+        LONG | {"algorithm": {"name": "scaffold"}, "participation": 2, "reduce": "tree"},
+        {"algorithm": {"name": "tests.unit.test_engine:TwoPhases"}, "clients": 3, "participation": 1.0},
+    ],
+    ids=["exact", "by-mpi", "parts"],
+)
+def test_bytes_along_routes(changes: Mapping[str, Any], route: str, tmp_path: Path) -> None:
+    """On three nodes: sums of two of the four ranks that train, one of them by a route of its own; gathered and dealt
+    out parts."""
+    table = {"down": route, "up": route} | ({"up.update": "flat"} if "reduce" in changes else {})
+    job, places = job_of({"name": "fedavg"}, **changes, rounds=2, collectives=table), ["a", "b", "a", "b", "c"]
+    told, found = predicted(job, 5, hosts=places), counted(job, tmp_path, 5, places)
+    same_bytes(told, {key: entry for key, entry in found.items() if key[3] != "list"}, job.rounds, 5)
 
 
 def test_a_codec_that_looks_at_the_values_is_between_its_bounds(tmp_path: Path) -> None:
