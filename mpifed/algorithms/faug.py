@@ -40,6 +40,7 @@ from mpifed.algorithms.base import (
 )
 from mpifed.algorithms.fedavg import FedAvg
 from mpifed.learning.augmentation import Adversarial, generated, train_conditional_gan
+from mpifed.learning.generation import refuse_texts
 from mpifed.models.generators import faug_discriminator, faug_generator
 
 Count = Annotated[int, Range(ge=1)]
@@ -64,7 +65,8 @@ class FAug(Algorithm):
     images."""
     steps: Count = 1000
     """Steps of the generator and of the discriminator."""
-    batch_size: Count = 32
+    batch_size: Annotated[int, Range(ge=2)] = 32
+    """Of both; the generator's batch normalisation cannot train on one sample."""
     lr: Annotated[float, Range(gt=0)] = 2e-4
     noise: Count = 100
     """Length of the generator's noise."""
@@ -77,6 +79,10 @@ class FAug(Algorithm):
         if self.base.pooled:
             raise ValueError("base: there is nothing to augment where all data is in one place")
         self.base.check(local)
+
+    def check_models(self, env: Env, client: int) -> None:
+        refuse_texts(env.spec, "faug")
+        self.base.check_models(env, client)
 
     def phases(self, env: Env) -> tuple[Phase, ...]:
         """Two phases of all devices in round 1, and the base's, whose devices have more samples."""
@@ -237,6 +243,10 @@ class FAug(Algorithm):
     @property
     def needs_public(self) -> bool:  # type: ignore[override]
         return self.base.needs_public
+
+    @property
+    def needs_client_models(self) -> bool:  # type: ignore[override]
+        return self.base.needs_client_models
 
     def predictor(self, server: State, env: Env) -> tuple[Tensor, Tensor] | Ensemble:
         return self.base.predictor(server["base"], env)

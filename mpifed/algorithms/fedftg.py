@@ -46,7 +46,7 @@ from mpifed.algorithms.teachers import client_models, one_by_one, with_own_buffe
 from mpifed.algorithms.variants import OF_VARIANT, Variants, settle
 from mpifed.learning.distillation import ensemble_logits
 from mpifed.learning.fine_tuning import Settings, label_batches, train_generator, train_student
-from mpifed.learning.generation import draw_noise, label_weights
+from mpifed.learning.generation import draw_noise, label_weights, refuse_texts
 from mpifed.learning.local import Adam, Plain, Sgd, parts_of
 from mpifed.models.generators import image_generator, latent_generator
 
@@ -141,6 +141,10 @@ class FedFTG(Algorithm):
                 f"base: FedFTG fine-tunes the one model of a round, and {type(self.base).__name__} has none"
             )
         self.base.check(local)
+
+    def check_models(self, env: Env, client: int) -> None:
+        refuse_texts(env.spec, "fedftg")
+        self.base.check_models(env, client)
 
     @property
     def settings(self) -> Settings:

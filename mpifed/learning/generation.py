@@ -15,8 +15,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mpifed.errors import BadInput
+from mpifed.types import DataSpec
+
 Noise = Literal["normal", "uniform"]
 Distances = Literal["mean", "norm"]
+
+
+def refuse_texts(spec: DataSpec, algorithm: str) -> None:
+    """Raise `BadInput` where inputs are token ids: generators here make real numbers."""
+    if spec.vocabulary:
+        raise BadInput(
+            f"algorithm.name: {algorithm} generates inputs of real numbers, and texts are token ids; choose an "
+            "algorithm that generates none"
+        )
 
 
 def diversity_loss(noise: Tensor, samples: Tensor, distances: Distances = "mean") -> Tensor:

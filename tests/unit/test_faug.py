@@ -20,8 +20,8 @@ from mpifed.federation.plan import planned_bytes
 from mpifed.job import Job, load
 from mpifed.learning.augmentation import Adversarial, generated, oversampled, train_conditional_gan
 from mpifed.models.generators import faug_discriminator
-from mpifed.types import DataSpec
-from tests.algorithm_table import FAUG, SHAPE, STEPS, assert_same_bits, job_of, run
+from mpifed.types import DataSpec, State, leaves
+from tests.algorithm_table import FAUG, FEDFTG, MENTORS, SHAPE, STEPS, assert_same_bits, job_of, run
 from tests.toy import ToyEnv
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -160,6 +160,7 @@ def test_seeds_travel_as_bytes(tmp_path: Path) -> None:
         {"name": "fd", "exchange": "broadcast"},
         {"name": "scaffold", "payload": "derived"},
         {"name": "feddistill_plus"},
+        {"name": "fedkd"},
     ],
     ids=lambda table: table["name"],
 )
@@ -167,6 +168,8 @@ def test_seeds_travel_as_bytes(tmp_path: Path) -> None:
 def test_without_targets_it_is_the_base(base: dict[str, Any], codec: str, tmp_path: Path) -> None:
     """No label is below a thousandth of an equal share unless a client has none of it, and nobody sends seeds of it."""
     changes: dict[str, Any] = {"local": STEPS, "codec": codec, "evaluate": {"own": True}}
+    if base["name"] == "fedkd":
+        changes["client_models"] = MENTORS
     alone = run(job_of(base, **changes), tmp_path / "base", 3)
     wrapped = run(job_of(FAUG | {"base": base, "few": 0.001}, **changes), tmp_path / "faug", 3)
     assert_same_bits(
@@ -183,13 +186,35 @@ def test_without_targets_it_is_the_base(base: dict[str, Any], codec: str, tmp_pa
         )
 
 
-def flat(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return dict(sorted(state.items()))
+def flat(state: State) -> dict[str, Tensor]:
+    return dict(sorted(leaves(state)))
 
 
-def test_a_base_with_all_data_in_one_place_is_refused() -> None:
+def test_what_cannot_be_run_is_refused_before_round_1(tmp_path: Path) -> None:
+    """Whatever the base would refuse by itself, too."""
     with pytest.raises(BadInput, match="algorithm.base: there is nothing to augment"):
         job_of({"name": "faug", "base": "pooled"})
+    with pytest.raises(BadInput, match="algorithm.batch_size: must be at least 2"):
+        job_of(FAUG | {"batch_size": 1})
+    with pytest.raises(BadInput, match="client_models: faug gives every client a model of its own"):
+        job_of(FAUG | {"base": "fedkd"})
+    official = {"name": "fedkd", "variant": "official"}
+    with pytest.raises(BadInput, match="algorithm.projection: hidden states of width 5"):
+        Federation.build(job_of(FAUG | {"base": official}, client_models=MENTORS), InProcess.alone())
+
+
+@pytest.mark.parametrize("table", [FAUG, FEDFTG], ids=["faug", "fedftg"])
+def test_texts_are_refused_before_round_1(table: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "text/trec").mkdir(parents=True)
+    for name in ("train_5500.label", "TREC_10.label"):
+        (tmp_path / "text/trec" / name).write_text("HUM:x who is it ?\nLOC:x where is it ?\n" * 10)
+    job = job_of(
+        table,
+        model={"name": "transformer", "layers": 1, "width": 8, "feedforward": 8},
+        data={"name": "trec", "root": str(tmp_path), "length": 6, "min_count": 1, "partition": {"name": "iid"}},
+    )
+    with pytest.raises(BadInput, match=f"algorithm.name: {table['name']} generates inputs of real numbers, and texts"):
+        Federation.build(job, InProcess.alone())
 
 
 # --- the generator ----------------------------------------------------------------------------------------------------
