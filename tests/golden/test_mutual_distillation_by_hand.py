@@ -12,16 +12,28 @@ MSE = (4 + 4)/2 = 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import log
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpifed.algorithms.fedkd import FedKD
-from mpifed.learning.mutual import Losses, Mutual, attention_distance, hidden_distance, layer_pairs, mutual_losses
+from mpifed.learning.mutual import (
+    Losses,
+    Mutual,
+    attention_distance,
+    hidden_distance,
+    layer_pairs,
+    mutual_losses,
+    mutual_training,
+)
 from mpifed.models.classifier import Trace
+from mpifed.models.flat import FlatModel
+from tests.toy import ToyEnv, context
 
 pytestmark = pytest.mark.golden
 
@@ -151,6 +163,47 @@ def test_detached_the_sum_is_the_paper_but_for_the_hidden_loss() -> None:
     assert a.grad is not None and b.grad is not None
     close(a.grad, [-0.25 + 0.25 / D, 0.25 - 0.25 / D])
     close(b.grad, [-0.5 - 0.25 / D, 0.5 + 0.25 / D])
+
+
+class Told(nn.Module):
+    """A model that says the same of every sample: its parameters are the logits, and the one hidden state."""
+
+    def __init__(self, logits: Sequence[float], hidden: Sequence[float]) -> None:
+        super().__init__()
+        self.logits, self.hidden = nn.Parameter(torch.tensor(logits)), nn.Parameter(torch.tensor(hidden))
+
+    def trace(self, x: Tensor) -> Trace:
+        return Trace(self.logits.expand(len(x), -1), (self.hidden.expand(len(x), -1),))
+
+
+class TwoModels(ToyEnv):
+    """A client's own model beside the shared one."""
+
+    def __init__(self, own: nn.Module, shared: nn.Module) -> None:
+        super().__init__(shared, clients=1)
+        self._own = FlatModel(own)
+
+    def model(self, client: int | None = None) -> FlatModel:
+        return self._model if client is None else self._own
+
+
+@pytest.mark.parametrize(("gradients", "times"), [("own", 1), ("sum", 2)])
+def test_a_training_step_follows_these_gradients(gradients: Any, times: int) -> None:
+    """One step of lr 0.5 on the sample above moves everything by -0.5 times the gradients of the paper, mentor by
+    mentor's loss and mentee and W by the mentee's; by those of the sum, which is detached here, hidden states and W
+    go twice as far."""
+    env: Any = TwoModels(Told([log(3), 0.0], [1.0, 2.0]), Told([0.0, 0.0], [3.0]))
+    ctx = context(env, torch.zeros(1, 1), torch.tensor([0]), lr=0.5, steps=1)
+    projections, _ = mutual_training(ctx, replace(PAPER, gradients=gradients), [torch.tensor([[1.0], [0.0]])])
+    r = times / D
+    mentor = [-0.25 + 0.25 / D, 0.25 - 0.25 / D, -2 * r, 2 * r]
+    mentee = [-0.5 - 0.25 / D, 0.5 + 0.25 / D, 2 * r]
+    for values, start, gradient in (
+        (ctx.model.parameters, [log(3), 0.0, 1.0, 2.0], mentor),
+        (env.model().parameters, [0.0, 0.0, 3.0], mentee),
+        (projections[0], [1.0, 0.0], [6 * r, -6 * r]),
+    ):
+        close(values.detach(), [at - 0.5 * slope for at, slope in zip(start, gradient, strict=True)])
 
 
 @pytest.mark.parametrize("mutual", [PAPER, OFFICIAL], ids=["paper", "official"])

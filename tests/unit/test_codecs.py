@@ -528,6 +528,16 @@ def test_quantize_by_hand() -> None:
     assert not sent(Quantize(), torch.zeros(9))[0].any()
 
 
+def test_quantize_rounds_every_entry_by_itself() -> None:
+    """64 entries half way between two levels, and one that is the norm: about half of them go up, and not all or none.
+
+    Ten to 54 of them, but for one draw in 10^8.
+    """
+    value = torch.tensor([1.0] + [0.5] * 64)
+    again, _ = sent(Quantize(2, "max"), value)
+    assert 10 <= int((again[1:] == 1).sum()) <= 54 and set(again.tolist()) == {0.0, 1.0}
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
 def test_quantize_bytes(bits: Any) -> None:
     """4 a tensor for its norm, and `bits` an entry, tensor by tensor rounded up to a byte."""

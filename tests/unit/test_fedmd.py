@@ -18,6 +18,7 @@ from mpifed.algorithms.fedmd import FedMD, in_proportion
 from mpifed.comm.inprocess import InProcess
 from mpifed.engine import Engine
 from mpifed.federation.federation import Federation
+from mpifed.job import Transfer
 from mpifed.learning.local import Adam, Sgd, adam_optimizer
 from mpifed.learning.scores import digest, scores
 from mpifed.learning.transfer import Stage, to_convergence
@@ -405,6 +406,36 @@ def test_a_client_begins_when_it_first_comes(tmp_path: Path) -> None:
 
 
 # --- transfer learning ------------------------------------------------------------------------------------------------
+def test_the_transfer_is_public_and_then_private_and_its_moments_go_on() -> None:
+    """Public samples of label 0 and one of one's own of label 2, one step of lr 0.1 each from b = 0.
+
+    Adam's first step is lr against the gradient's sign: (0.1, -0.1, -0.1) after the public step, and, with new moments,
+    (0, -0.2, 0) after the private one. The classifier's Adam is the private one's, which the revisits go on with.
+    """
+    env = env_of(Prior([0.0, 0.0, 0.0]), public=4)
+    env.public.labels = torch.zeros(4, dtype=torch.int64)
+    env.transfer = Transfer(lr=0.1, public_epochs=1, public_validation=0.0, private_epochs=1)
+    sample, tested = (torch.zeros(1, 1), torch.tensor([2])), []
+
+    def begin(algorithm: FedMD, optimizer: str) -> State:
+        ctx = context(env, *sample, optimizer=optimizer)
+        ctx._test = lambda values, client: tested.append(values[0]) or {"accuracy": 0.25}  # type: ignore[func-returns-value]
+        state = algorithm.begin(ctx)
+        assert ctx.logged["baseline_accuracy"] == 0.25 and torch.equal(tested[-1], state["model"])
+        return state
+
+    state = begin(FedMD(subset_size=4), "adam")
+    close(state["model"], [0.0, -0.2, 0.0])
+    p = torch.tensor([0.1, -0.1, -0.1]).softmax(dim=0)
+    close(state["revisit"]["mean"], (0.1 * (p - torch.tensor([0.0, 0.0, 1.0]))).tolist())
+    assert float(state["revisit"]["steps"]) == 1 and "digest" not in state
+    down = {"indices": torch.zeros(4, dtype=torch.int32), "consensus": torch.zeros(4, 3)}
+    after, _ = FedMD(digest_epochs=0).phases(env)[1].client(state, down, context(env, *sample, optimizer="adam"))
+    assert float(after["revisit"]["steps"]) == 2
+    assert "revisit" not in begin(FedMD(moments="reset"), "adam")
+    assert "revisit" not in begin(FedMD(), "sgd")
+
+
 @pytest.mark.parametrize("name", ["fedmd", "local", "pooled"])
 def test_the_bounds_are_runs_of_the_same_job(name: str, tmp_path: Path) -> None:
     """`local` begins where FedMD does; `pooled` has one client a model, each with all samples, and so begins better."""
@@ -471,6 +502,18 @@ def test_training_stops_on_samples_set_aside_and_keeps_the_best() -> None:
     assert model.parameters[0] > 1.2  # where the training ended
     never = to_convergence(model, start, stage(8, epochs=0), local, 0.3)
     assert torch.equal(never["model"], start["model"]) and "validation" not in never
+
+
+def test_samples_set_aside_are_not_trained_on() -> None:
+    """Two of eight are only tested, after every one of two epochs over the six others."""
+    module = Recorder()
+    local = context(ToyEnv(Prior([0.0]), 1), torch.zeros(1, 1)).local
+    start = {"model": torch.zeros(1), "buffers": torch.empty(0)}
+    to_convergence(FlatModel(module), start, stage(8, epochs=2), local, 0.1)
+    given = {mode: [x for training, batch in module.given for x in batch if training == mode] for mode in (True, False)}
+    assert len(given[True]) == 2 * 6 and len(given[False]) == 2 * 2
+    assert sorted(set(given[True]) | set(given[False])) == list(range(8))
+    assert not set(given[True]) & set(given[False])
 
 
 def test_with_nothing_set_aside_the_training_loss_says_when() -> None:
