@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mpifed.codecs.quantize import Quantize
 from mpifed.comm.inprocess import run_ranks
 from mpifed.errors import BadInput
 from mpifed.job import check_resume
@@ -120,6 +121,22 @@ def test_everybody_counts_the_bytes_of_the_formula(tmp_path: Path) -> None:
     """FedPAQ with 4 bits: 4 bytes a tensor and half a byte an entry, of 12, 3, 3, 9 and 3 parameters."""
     outcome = run(job_of({"name": "fedavg"}, codec={"up.update": "quantize(bits=4)"}), tmp_path)
     assert outcome.logical()[1, "up.update"] == PARTICIPANTS * (5 * 4 + 6 + 2 + 2 + 5 + 2)
+
+
+def test_every_draw_of_a_run_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of rounding that clients, rounds or fields had in common would not average out: no two seeds are equal.
+
+    SCAFFOLD's three fields down, and three up from each of three clients, in two rounds.
+    """
+    seeds, encode = list[int](), Quantize.encode
+
+    def watched(self: Quantize, value: Any, layout: Any, memory: Any, progress: float, seed: int = 0) -> Any:
+        seeds.append(seed)
+        return encode(self, value, layout, memory, progress, seed)
+
+    monkeypatch.setattr(Quantize, "encode", watched)
+    run(job_of({"name": "scaffold"}, rounds=2, codec="quantize"), tmp_path)
+    assert len(set(seeds)) == len(seeds) == 2 * (3 + 3 * PARTICIPANTS)
 
 
 def test_rounds_stay_as_they_are_under_a_schedule() -> None:
