@@ -302,9 +302,10 @@ def test_feddistill_teaches_from_the_second_round_on() -> None:
 
 
 def test_sums_are_of_counts_and_not_of_batches() -> None:
-    """Labels 0, 0, 1 in one batch and 0 in another: row 0 is the mean of three outputs."""
+    """Labels 0, 0, 1 in one batch and 0 in another: row 0 is the mean of three outputs, and keeps no graph of them."""
     seen = LabelOutputs.none_yet("logits", 3, torch.device("cpu"))
-    seen.add(torch.tensor([[1.0, 0, 0], [2.0, 0, 0], [0, 5.0, 0]]), torch.tensor([0, 0, 1]))
+    seen.add(torch.tensor([[1.0, 0, 0], [2.0, 0, 0], [0, 5.0, 0]], requires_grad=True), torch.tensor([0, 0, 1]))
+    assert not seen.sums.requires_grad
     seen.add(torch.tensor([[6.0, 0, 3.0]]), torch.tensor([0]))
     close(seen.mean(), [[3.0, 0, 1.0], [0, 5.0, 0], ZERO])
     close(seen.mean(first_count=1), [[9 / 4, 0, 3 / 4], [0, 5 / 2, 0], ZERO])
