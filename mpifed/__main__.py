@@ -13,6 +13,7 @@ from mpifed.errors import BAD_INPUT, MpifedError
 COMMANDS = {
     "run": ("mpifed.run", "train: python -m mpifed run [JOB.toml] [key=value ...]"),
     "predict": ("mpifed.predict.command", "bytes, time and memory of a run before it runs"),
+    "probe": ("mpifed.predict.probe", "measure collectives and work here, for predict; also under mpirun"),
     "supervise": ("mpifed.supervise", "start a run again after a death or crash, until it is complete"),
     "sweep": ("mpifed.sweep.command", "list, run or resume the jobs of a sweep file"),
     "report": ("mpifed.report.command", "compare runs, or the means of a sweep: tables and figures"),

@@ -387,9 +387,8 @@ class Engine:
         return agreed
 
     @cached_property
-    def _usual_rank(self) -> dict[int, int]:
-        """Client -> the rank that trains it when all are asked."""
-        return self.federation.roster.deal(range(self.federation.clients)).rank_of
+    def _usual_rank(self) -> Mapping[int, int]:
+        return self.federation.roster.usual_rank
 
     def _close_row(self, env: Any) -> None:
         """Evaluate the server's model for the last round's row, if that is still open, and hand the row on."""

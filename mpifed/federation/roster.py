@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -108,6 +108,11 @@ class Roster:
             return self._deal(clients)
         asked = set(clients)
         return Assignment(tuple(tuple(c for c in home if c in asked) for home in self._home.by_rank))
+
+    @property
+    def usual_rank(self) -> Mapping[int, int]:
+        """Client -> the rank that trains it when all are asked."""
+        return self.deal(range(self.clients)).rank_of
 
     def _deal(self, clients: Iterable[int]) -> Assignment:
         load = [(0, rank) for rank in self.hosts]

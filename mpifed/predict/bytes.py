@@ -7,6 +7,7 @@ there are a least and a most. Of what mpifed itself says, the ranks' reports of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from mpifed.algorithms.base import Each, Field
 from mpifed.comm.collection import by_route, exact_slice, gathered_slice, sums_are_gathered, sums_exactly, ways
 from mpifed.comm.communicator import CONTROL
 from mpifed.comm.ledger import label, unlabel
@@ -138,7 +140,7 @@ class Planner:
         gives = clients > 0
         givers = int(gives.sum())
         for name in found.exact:
-            elements, route = _elements(step, name), up(name)
+            elements, route = declared_elements(step.up[name]), up(name)
             gathered = sums_are_gathered(givers, route)
             pieces = -(-elements // exact_slice(givers if gathered else 1))
             if gathered:
@@ -150,11 +152,21 @@ class Planner:
             yield gather(names, max(1, -(-row // gathered_slice(len(step.asked)))), route)
         for reduced, width in ((found.single, 4), (found.double, 8)):
             for route, names in by_route(reduced, up).items():
-                kinds = {kind(name): width * _elements(step, name) for name in names}
+                kinds = {kind(name): width * declared_elements(step.up[name]) for name in names}
                 yield self._reduce(kinds, 1, route, np.ones(self.ranks, bool))
 
     def _is_exact(self, step: Step, name: str) -> bool:
         return sums_exactly(step.up[name], self.federation.job.reduce, self.federation.codec("up", name).plain)
+
+    def adds_on_ranks(self, step: Step, name: str) -> bool:
+        """Whether each rank adds its own clients' before anything is sent, so that one vector a rank is collected."""
+        tree = self.federation.job.reduce == "tree" and not isinstance(step.up[name].reduce, Each)
+        return tree or self._is_exact(step, name)
+
+    def is_gathered_in_slices(self, step: Step, name: str) -> bool:
+        """Whether replies are gathered slice by slice, and added by rank 0 without all of them being there at once."""
+        rule, plain = step.up[name].reduce, self.federation.codec("up", name).plain
+        return plain and not isinstance(rule, Each) and not self.adds_on_ranks(step, name)
 
     def report(self, lengths: int) -> Sequence[Call]:
         """The end of a round: the lengths of the reports with the wishes, and then reports of that many bytes each."""
@@ -213,11 +225,9 @@ def _most(step: Step, direction: str, name: str) -> int:
     return size.least if size.most is None else size.most
 
 
-def _elements(step: Step, name: str) -> int:
-    elements = 1
-    for length in step.up[name].shape:
-        elements *= length or 0
-    return elements
+def declared_elements(declared: Field) -> int:
+    """Elements of a field; 0 where only the clients know."""
+    return math.prod(length or 0 for length in declared.shape)
 
 
 # --- ledger -----------------------------------------------------------------------------------------------------------

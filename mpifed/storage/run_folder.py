@@ -128,6 +128,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def prediction(self) -> Path:
+        """What `mpifed predict --save` foretold of the run."""
+        return self.path / "prediction.json"
+
+    @property
     def record(self) -> Path:
         """Ledger, partition, provenance and rank times in HDF5 (`mpifed.storage.record`)."""
         return self.path / "run.h5"
@@ -220,6 +225,20 @@ class RunFolder:
         if summary is None:
             raise BadInput(f"{self.summary}: not a JSON object; delete it and resume the run")
         return summary
+
+    def write_prediction(self, prediction: Mapping[str, Any]) -> None:
+        """Write `prediction.json`, whole or not at all."""
+        with replacing(self.prediction) as draft:
+            draft.write_text(to_json(prediction, indent=2) + "\n", encoding="utf-8")
+
+    def read_prediction(self) -> dict[str, Any] | None:
+        """What was predicted of this run, or None where nothing was; raises `BadInput` where it cannot be read."""
+        if not self.prediction.exists():
+            return None
+        prediction = _parse_object(self.prediction.read_bytes())
+        if prediction is None:
+            raise BadInput(f"{self.prediction}: not a JSON object; delete it, or predict again")
+        return prediction
 
     @property
     def complete(self) -> bool:

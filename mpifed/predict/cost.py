@@ -1,0 +1,156 @@
+"""Seconds of a collective: textbook formulas by latency and bandwidth, or a line fitted to measurements.
+
+With p ranks, n bytes, a latency (seconds a message), b seconds a byte and c seconds a byte that is added, after Thakur,
+Rabenseifner, Gropp: Optimization of Collective Communication Operations in MPICH, Int. J. of High Performance Computing
+Applications 19(1), 2005, sections 4 and 5:
+
+- broadcast: along a binomial tree, ceil(log2 p) (a + n b), below 12 KiB or 8 ranks; else scattered and gathered in a
+  ring, (ceil(log2 p) + p - 1) a + 2 (p - 1)/p n b.
+- reduce: binomial, ceil(log2 p) (a + n (b + c)), below 2 KiB; else Rabenseifner's reduce-scatter and gather,
+  2 ceil(log2 p) a + 2 (p - 1)/p n b + (p - 1)/p n c.
+- sum on all ranks: recursive doubling, ceil(log2 p) (a + n (b + c)), below 2 KiB; else Rabenseifner's, as above.
+- gather and scatter of unequal parts: one message after the other at rank 0, (p - 1) a + n b, n the others' bytes.
+
+Of several ranks on each node the network joins nodes, and memory the ranks of one: the two costs are added, the first
+with the nodes as p, the second with a node's ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpifed.predict.bytes import Call, Operation
+
+SHORT_BROADCAST = 12 << 10
+FEW_RANKS = 8
+SHORT_REDUCE = 2 << 10
+ADD = 1 / 4e9
+"""Seconds a byte that is added."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Seconds a message, and seconds a byte."""
+
+    latency: float
+    per_byte: float
+
+
+MEMORY = Link(50e-6, 1 / 2e9)
+"""Between ranks of one node, polled, where nothing was measured."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which node each rank is on."""
+
+    hosts: Sequence[str]
+
+    @property
+    def nodes(self) -> int:
+        return len(set(self.hosts))
+
+    @property
+    def largest(self) -> int:
+        """Ranks of the node with the most."""
+        return max(list(self.hosts).count(host) for host in set(self.hosts))
+
+
+def collective(operation: Operation, ranks: int, size: float, link: Link, add: float = ADD) -> float:
+    """Seconds of one collective of `ranks` equals; `size` as `Call.size` has it (see the module)."""
+    if ranks < 2:
+        return 0.0
+    depth, share = math.ceil(math.log2(ranks)), (ranks - 1) / ranks
+    a, b = link.latency, link.per_byte
+    if operation in ("gather", "scatter"):
+        return (ranks - 1) * a + size * b
+    if operation == "broadcast":
+        if size < SHORT_BROADCAST or ranks < FEW_RANKS:
+            return depth * (a + size * b)
+        return (depth + ranks - 1) * a + 2 * share * size * b
+    if size < SHORT_REDUCE:
+        return depth * (a + size * (b + add))
+    return 2 * depth * a + 2 * share * size * b + share * size * add
+
+
+# --- a network --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Textbook:
+    """What the formulas say of ranks on nodes."""
+
+    network: Link
+    memory: Link = MEMORY
+
+    def seconds(self, call: Call, places: Places) -> float:
+        """Of a call, all of its pieces."""
+        return self.of(call.operation, _sizes(call, places), places, call.pieces)
+
+    def of(self, operation: Operation, sizes: tuple[float, float], places: Places, pieces: int = 1) -> float:
+        """`sizes`: bytes that cross the network, and that stay on a node (the same for all but gather and scatter)."""
+        across, within = (size / pieces for size in sizes)
+        network = collective(operation, places.nodes, across, self.network)
+        if operation in ("gather", "scatter") and places.nodes > 1:  # every rank elsewhere is a message
+            elsewhere = sum(host != places.hosts[0] for host in places.hosts)
+            network = elsewhere * self.network.latency + across * self.network.per_byte
+        return pieces * (network + collective(operation, places.largest, within, self.memory))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Lines fitted to measurements on `places`; elsewhere stretched as the textbook says."""
+
+    lines: Mapping[Operation, Link]
+    places: Places
+
+    def seconds(self, call: Call, places: Places) -> float:
+        """Of a call, all of its pieces."""
+        if len(places.hosts) < 2:
+            return 0.0
+        line, (across, within) = self.lines[call.operation], _sizes(call, places)
+        parts = call.operation in ("gather", "scatter")
+        messages, bytes_ = self._stretch(call, places)
+        size = across + within if parts else across
+        return call.pieces * line.latency * messages + size * line.per_byte * (1.0 if parts else bytes_)
+
+    def _stretch(self, call: Call, places: Places) -> tuple[float, float]:
+        """How many times as many messages one after the other, and bytes, as where the lines were fitted."""
+        if (len(places.hosts), places.nodes) == (len(self.places.hosts), self.places.nodes):
+            return 1.0, 1.0
+        nothing, sizes = Link(0.0, 0.0), _sizes(call, places)
+        several = self.places.nodes > 1
+        message, byte = (
+            Textbook(one, nothing) if several else Textbook(nothing, one) for one in (Link(1.0, 0.0), Link(0.0, 1.0))
+        )
+        there, here = (
+            [model.of(call.operation, sizes, where) for model in (message, byte)] for where in (self.places, places)
+        )
+        return tuple(now / before if before > 0 else 1.0 for now, before in zip(here, there, strict=True))  # type: ignore[return-value]
+
+
+def _sizes(call: Call, places: Places) -> tuple[float, float]:
+    """Bytes that cross the network in a call, and that stay on a node."""
+    of_ranks = call.bytes_of_ranks
+    if not len(of_ranks):
+        return 0.0, 0.0
+    if call.operation not in ("gather", "scatter"):
+        return (float(of_ranks.max()),) * 2
+    here = np.array([host == places.hosts[0] for host in places.hosts])
+    here[0] = False  # its own part goes nowhere
+    elsewhere = np.array([host != places.hosts[0] for host in places.hosts])
+    return float(of_ranks[elsewhere].sum()), float(of_ranks[here].sum())
+
+
+def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Link:
+    """The line seconds = latency + size * per_byte of least relative squares, neither part below zero."""
+    n, t = np.asarray(sizes, np.float64), np.asarray(seconds, np.float64)
+    columns = np.stack([np.ones_like(n), n], axis=1) / t[:, None]
+    (latency, per_byte), *_ = np.linalg.lstsq(columns, np.ones_like(t), rcond=None)
+    if latency < 0:  # through the origin
+        latency, per_byte = 0.0, float((n / t).sum() / ((n / t) ** 2).sum())
+    elif per_byte < 0:
+        latency, per_byte = float((1 / t).sum() / (1 / t**2).sum()), 0.0
+    return Link(float(latency), float(per_byte))
