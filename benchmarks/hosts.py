@@ -160,22 +160,19 @@ def rank_main(jobs: list[list[str]]) -> int:
 def launch(where: Hosts, systems: Sequence[str], rounds: int, ranks: int, out: Path, limit: float) -> None:
     """All systems over these hosts, each into its folder of `out`."""
     jobs = [[f"rounds={rounds}", *COMMON, *SYSTEMS[name], f"out={out / name}"] for name in systems]
+    launch_module(where, ranks, ["benchmarks.hosts", "--as-rank", json.dumps(jobs)], out / "log", limit)
+
+
+def launch_module(where: Hosts, ranks: int, module: Sequence[str], output: Path, limit: float) -> None:
+    """`python -m MODULE ARGUMENTS` on `ranks` ranks of each host, output into a file; SystemExit where it fails."""
     path, kind = mpirun()
     if kind != "mpich":
         raise SystemExit(f"this benchmark needs MPICH's mpirun, and {path} is not")
     places = ",".join(f"{address}:{ranks}" for address in where.addresses)
     command = [path, "-launcher", "ssh", "-launcher-exec", str(where.agent), "-hosts", places]
-    command += [
-        "-n",
-        str(ranks * len(where.names)),
-        sys.executable,
-        "-m",
-        "benchmarks.hosts",
-        "--as-rank",
-        json.dumps(jobs),
-    ]
+    command += ["-n", str(ranks * len(where.names)), sys.executable, "-m", *module]
     environment = os.environ | OVER_TCP | {"PYTHONPATH": str(ROOT)}
-    with (out / "log").open("w") as log:
+    with output.open("w") as log:
         running = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -188,9 +185,7 @@ def launch(where: Hosts, systems: Sequence[str], rounds: int, ranks: int, out: P
                 os.killpg(running.pid, signal.SIGKILL)
                 running.wait()
     if code != 0:
-        raise SystemExit(
-            f"the launch over {len(where.names)} hosts failed ({code}):\n{(out / 'log').read_text()[-4000:]}"
-        )
+        raise SystemExit(f"the launch over {len(where.names)} hosts failed ({code}):\n{output.read_text()[-4000:]}")
 
 
 def table(out: Path, systems: Sequence[str], ranks: int, failed: list[str]) -> list[tuple[str, ...]]:

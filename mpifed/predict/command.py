@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _arguments(argv)
     logging.basicConfig(format="mpifed %(message)s", level=logging.WARNING, stream=sys.stderr)
     from mpifed.federation.federation import Federation
+    from mpifed.memory import keep_freed_memory
     from mpifed.predict.measured import Probe
     from mpifed.predict.prediction import predict
     from mpifed.predict.probe import cores as usable_cores
@@ -35,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     from mpifed.predict.trial import resident
     from mpifed.run import read_job
 
+    keep_freed_memory()  # as a run does
     job = read_job(arguments.job)
     places = hosts(arguments.ranks, arguments.nodes)
     probe = Probe.read(arguments.probe) if arguments.probe else None

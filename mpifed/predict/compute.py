@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,66 @@ def of_two(points: Sequence[tuple[float, float]]) -> Line:
     return Line(max(0.0, y1 - slope * x1), slope)
 
 
-def work_of(local: Any, examples: int) -> float:
-    """Samples that a client visits in a round of the job's local training."""
+class Work(NamedTuple):
+    """What a client does in a round of the job's local training."""
+
+    steps: float
+    samples: float  # visited, each as often as it is
+
+
+def work_of(local: Any, examples: int) -> Work:
+    """Of a client with so many samples."""
     if local.steps is not None:
-        return float(local.steps * min(local.batch_size, max(1, examples)))
-    return float((local.epochs or 1) * examples)
+        return Work(local.steps, local.steps * min(local.batch_size, max(1, examples)))
+    epochs = local.epochs or 1
+    return Work(epochs * math.ceil(examples / local.batch_size), epochs * examples)
+
+
+@dataclass(frozen=True)
+class ClientCost:
+    """Seconds of one client in a phase: of any client, of every step, of every sample that it visits."""
+
+    base: float
+    step: float = 0.0
+    sample: float = 0.0
+
+    def at(self, work: Work) -> float:
+        return self.base + self.step * work.steps + self.sample * work.samples
+
+    def plus(self, seconds: float) -> ClientCost:
+        return replace(self, base=self.base + seconds)
+
+    def times(self, factor: float) -> ClientCost:
+        return ClientCost(self.base * factor, self.step * factor, self.sample * factor)
+
+
+def of_clients(points: Sequence[tuple[Work, float]]) -> ClientCost:
+    """The cost of least relative squares through what some clients took, no part below zero.
+
+    Of clients of one size it is proportional to their samples.
+    """
+    taken = np.array([max(seconds, 1e-9) for _, seconds in points])
+    columns = np.array([[1.0, work.steps, work.samples] for work, _ in points])
+    if len({work for work, _ in points}) == 1:
+        samples = columns[0, 2]
+        return ClientCost(0.0, 0.0, float(taken.mean() / samples)) if samples else ClientCost(float(taken.mean()))
+    best, least = np.zeros(3), np.inf
+    for parts in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)):
+        scaled = columns[:, parts] / taken[:, None]
+        found, *_ = np.linalg.lstsq(scaled, np.ones_like(taken), rcond=None)
+        error = float(((scaled @ found - 1.0) ** 2).sum())
+        if (found >= 0).all() and error < least - 1e-12:
+            best, least = np.zeros(3), error
+            best[list(parts)] = found
+    return ClientCost(*map(float, best))
 
 
 @dataclass(frozen=True)
 class Compute:
     """Seconds and bytes of one rank's work, with no other rank."""
 
-    client: Mapping[str, Sequence[Line]]  # by phase and architecture, over `work_of`
-    first: Mapping[str, Sequence[Line]]  # likewise, where a client takes part for the first time
+    client: Mapping[str, Sequence[ClientCost]]  # by phase and architecture
+    first: Mapping[str, Sequence[ClientCost]]  # likewise, where a client takes part for the first time
     server: Mapping[str, Line]  # the server's step by phase, over the replies
     communicate: Line  # codecs, buffers and sums of a round without a network, over the replies
     server_test: float  # a test of the server's model
@@ -63,7 +113,7 @@ class Compute:
     workspace: int  # bytes by which the process grew: models, batches, activations, the test set
     sizes: Mapping[str, float]  # mean encoded bytes of a client by "direction.kind"
 
-    def client_seconds(self, phase: str, client: int, work: float, first: bool) -> float:
+    def client_seconds(self, phase: str, client: int, work: Work, first: bool) -> float:
         """Of one client in one round of a phase."""
         lines = (self.first if first else self.client).get(phase, ())
         return lines[client % len(lines)].at(work) if lines else 0.0
@@ -71,8 +121,8 @@ class Compute:
     def times(self, factor: float) -> Compute:
         """The same on a machine that takes so many times as long."""
 
-        def scaled(lines: Mapping[str, Sequence[Line]]) -> dict[str, list[Line]]:
-            return {name: [line.times(factor) for line in several] for name, several in lines.items()}
+        def scaled(costs: Mapping[str, Sequence[ClientCost]]) -> dict[str, list[ClientCost]]:
+            return {name: [line.times(factor) for line in several] for name, several in costs.items()}
 
         return replace(
             self,
@@ -95,12 +145,16 @@ class Compute:
         def line(of: Mapping[str, Any]) -> Line:
             return Line(float(of["base"]), float(of["slope"]))
 
-        def lines(of: Mapping[str, Any]) -> dict[str, list[Line]]:
-            return {str(name): [line(one) for one in several] for name, several in of.items()}
+        def costs(of: Mapping[str, Any]) -> dict[str, list[ClientCost]]:
+            parts = ("base", "step", "sample")
+            return {
+                str(name): [ClientCost(*(float(one[part]) for part in parts)) for one in several]
+                for name, several in of.items()
+            }
 
         return cls(
-            client=lines(value["client"]),
-            first=lines(value["first"]),
+            client=costs(value["client"]),
+            first=costs(value["first"]),
             server={str(name): line(one) for name, one in value["server"].items()},
             communicate=line(value["communicate"]),
             server_test=float(value["server_test"]),

@@ -1,4 +1,4 @@
-"""Seconds of a collective: textbook formulas by latency and bandwidth, or a line fitted to measurements.
+"""Seconds of a collective: textbook formulas by latency and bandwidth, or what was measured.
 
 With p ranks, n bytes, a latency (seconds a message), b seconds a byte and c seconds a byte that is added, after Thakur,
 Rabenseifner, Gropp: Optimization of Collective Communication Operations in MPICH, Int. J. of High Performance Computing
@@ -100,35 +100,58 @@ class Textbook:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """Lines fitted to measurements on `places`; elsewhere stretched as the textbook says."""
+class Curve:
+    """Seconds of one collective at some sizes in bytes, which ascend; a line between two, and beyond the last two.
 
-    lines: Mapping[Operation, Link]
+    One latency and one bandwidth do not do: libraries send short and long messages in different ways, and links let
+    bursts through that are faster than their rate. `link` is the best single line, for readers.
+    """
+
+    sizes: Sequence[float]
+    seconds: Sequence[float]
+
+    def at(self, size: float) -> float:
+        n, t = np.asarray(self.sizes), np.asarray(self.seconds)
+        if size <= n[-1] or len(n) < 2:
+            return float(np.interp(size, n, t))
+        return float(t[-1] + max(0.0, (t[-1] - t[-2]) / (n[-1] - n[-2])) * (size - n[-1]))
+
+    @property
+    def link(self) -> Link:
+        return fit(self.sizes, self.seconds)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Curves measured on `places`; elsewhere stretched as the textbook says."""
+
+    curves: Mapping[Operation, Curve]
     places: Places
 
     def seconds(self, call: Call, places: Places) -> float:
         """Of a call, all of its pieces."""
         if len(places.hosts) < 2:
             return 0.0
-        line, (across, within) = self.lines[call.operation], _sizes(call, places)
+        curve, (across, within) = self.curves[call.operation], _sizes(call, places)
         parts = call.operation in ("gather", "scatter")
+        size = (across + within if parts else across) / call.pieces
         messages, bytes_ = self._stretch(call, places)
-        size = across + within if parts else across
-        return call.pieces * line.latency * messages + size * line.per_byte * (1.0 if parts else bytes_)
+        latency = curve.at(0.0)
+        transfer = curve.at(size) - latency
+        return call.pieces * (latency * messages + transfer * (1.0 if parts else bytes_))
 
     def _stretch(self, call: Call, places: Places) -> tuple[float, float]:
-        """How many times as many messages one after the other, and bytes, as where the lines were fitted."""
+        """How many times as many messages one after the other, and bytes, as where it was measured."""
         if (len(places.hosts), places.nodes) == (len(self.places.hosts), self.places.nodes):
             return 1.0, 1.0
         nothing, sizes = Link(0.0, 0.0), _sizes(call, places)
         several = self.places.nodes > 1
-        message, byte = (
-            Textbook(one, nothing) if several else Textbook(nothing, one) for one in (Link(1.0, 0.0), Link(0.0, 1.0))
-        )
-        there, here = (
-            [model.of(call.operation, sizes, where) for model in (message, byte)] for where in (self.places, places)
-        )
-        return tuple(now / before if before > 0 else 1.0 for now, before in zip(here, there, strict=True))  # type: ignore[return-value]
+        ratios = []
+        for one in (Link(1.0, 0.0), Link(0.0, 1.0)):
+            model = Textbook(one, nothing) if several else Textbook(nothing, one)
+            there, here = (model.of(call.operation, sizes, where) for where in (self.places, places))
+            ratios.append(here / there if there > 0 else 1.0)
+        return ratios[0], ratios[1]
 
 
 def _sizes(call: Call, places: Places) -> tuple[float, float]:
@@ -145,12 +168,9 @@ def _sizes(call: Call, places: Places) -> tuple[float, float]:
 
 
 def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Link:
-    """The line seconds = latency + size * per_byte of least relative squares, neither part below zero."""
+    """The line seconds = latency + size * per_byte of least squares, neither part below zero."""
     n, t = np.asarray(sizes, np.float64), np.asarray(seconds, np.float64)
-    columns = np.stack([np.ones_like(n), n], axis=1) / t[:, None]
-    (latency, per_byte), *_ = np.linalg.lstsq(columns, np.ones_like(t), rcond=None)
+    (latency, per_byte), *_ = np.linalg.lstsq(np.stack([np.ones_like(n), n], axis=1), t, rcond=None)
     if latency < 0:  # through the origin
-        latency, per_byte = 0.0, float((n / t).sum() / ((n / t) ** 2).sum())
-    elif per_byte < 0:
-        latency, per_byte = float((1 / t).sum() / (1 / t**2).sum()), 0.0
-    return Link(float(latency), float(per_byte))
+        return Link(0.0, float((n * t).sum() / (n * n).sum()))
+    return Link(float(latency), float(per_byte)) if per_byte >= 0 else Link(float(t.mean()), 0.0)

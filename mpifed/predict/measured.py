@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ from typing import Any, get_args
 from mpifed.errors import BadInput
 from mpifed.predict.bytes import Operation
 from mpifed.predict.compute import Compute
-from mpifed.predict.cost import Fitted, Link, Places
+from mpifed.predict.cost import Curve, Measured, Places
+from mpifed.predict.units import size
 
 VERSION = 1
 LARGEST_FILE = 16 << 20
@@ -26,14 +28,14 @@ class Probe:
     hosts: Sequence[str]  # by rank
     cores: int  # of rank 0's node
     contention: float
-    lines: Mapping[Operation, Link]  # empty where there was one rank
+    curves: Mapping[Operation, Curve]  # empty where there was one rank
     compute: Compute
     reference: float  # seconds of `mpifed.predict.probe.reference` there
 
     @property
-    def network(self) -> Fitted | None:
+    def network(self) -> Measured | None:
         """The collectives, where there were some."""
-        return Fitted(self.lines, Places(self.hosts)) if self.lines else None
+        return Measured(self.curves, Places(self.hosts)) if self.curves else None
 
     def to_json(self) -> str:
         value = {
@@ -42,7 +44,7 @@ class Probe:
             "hosts": list(self.hosts),
             "cores": self.cores,
             "contention": self.contention,
-            "collectives": {name: asdict(line) for name, line in self.lines.items()},
+            "collectives": {name: asdict(curve) for name, curve in self.curves.items()},
             "compute": self.compute.to_json(),
             "reference": self.reference,
         }
@@ -58,19 +60,17 @@ class Probe:
             value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
             if value["version"] != VERSION:
                 raise ValueError(f"its version is {value['version']}, not {VERSION}")
-            lines: dict[Operation, Link] = {
-                name: Link(_number(of["latency"]), _number(of["per_byte"]))
-                for name, of in value["collectives"].items()
-                if name in get_args(Operation)
+            curves: dict[Operation, Curve] = {
+                name: _curve(of) for name, of in value["collectives"].items() if name in get_args(Operation)
             }
-            if lines and len(lines) != len(get_args(Operation)):
+            if curves and len(curves) != len(get_args(Operation)):
                 raise ValueError("a collective is missing")
             return cls(
                 json.dumps(value["job"], sort_keys=True),
                 [str(host) for host in value["hosts"]],
                 max(1, int(value["cores"])),
                 _number(value["contention"]),
-                lines,
+                curves,
                 Compute.from_json(value["compute"]),
                 _number(value["reference"]),
             )
@@ -83,13 +83,23 @@ class Probe:
         """What was measured, in a few lines."""
         nodes = len(set(self.hosts))
         lines = [f"{len(self.hosts)} ranks on {nodes} node{'s' * (nodes > 1)}, {self.cores} cores on rank 0's"]
-        for name, line in self.lines.items():
-            rate = f"{1e-6 / line.per_byte:,.1f} MB/s" if line.per_byte else "any rate"
-            lines.append(f"{name:<10s} {1e3 * line.latency:8.3f} ms + bytes at {rate}")
-        for phase, of in self.compute.client.items():
-            lines.append(f"a client's {phase}: {of[0].base:.4f} s + {1e3 * of[0].slope:.4f} ms a sample and pass")
+        for name, curve in self.curves.items():
+            rate = f"{1e-6 / curve.link.per_byte:,.1f} MB/s" if curve.link.per_byte else "any rate"
+            short, long = (f"{1e3 * taken:,.3f} ms" for taken in (curve.seconds[0], curve.seconds[-1]))
+            least, most = (size(bytes_) for bytes_ in (curve.sizes[0], curve.sizes[-1]))
+            lines.append(f"{name:<10s} {short} for {least} to {long} for {most}; {rate}")
+        for phase, (of, *_) in self.compute.client.items():
+            parts = (f"{1e3 * seconds:.4g} ms" for seconds in (of.base, of.step, of.sample))
+            lines.append("a client's {}: {}, a step {}, a sample {}".format(phase, *parts))
         lines.append(f"cores that are all at work take {self.contention:.2f} times as long each")
         return "\n".join(lines)
+
+
+def _curve(value: Mapping[str, Any]) -> Curve:
+    sizes, seconds = ([_number(number) for number in value[name]] for name in ("sizes", "seconds"))
+    if not sizes or len(sizes) != len(seconds) or any(b <= a for a, b in itertools.pairwise(sizes)):
+        raise ValueError("the sizes of a collective do not ascend, one for each time")
+    return Curve(sizes, seconds)
 
 
 def _number(value: Any) -> float:

@@ -25,10 +25,11 @@ from mpifed.comm.communicator import Communicator
 from mpifed.errors import COMPLETE, BadInput
 from mpifed.output import say
 from mpifed.predict.bytes import Operation
-from mpifed.predict.cost import fit
+from mpifed.predict.compute import Work
+from mpifed.predict.cost import Curve
 from mpifed.predict.measured import Probe
 
-SIZES = (1 << 10, 1 << 15, 1 << 18, 1 << 20, 1 << 22, 1 << 23)
+SIZES = (64, 1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 19, 1 << 20, 1 << 21, 1 << 22, 1 << 23)
 """Bytes: of the whole payload of gather and scatter, of each rank's otherwise."""
 REPETITIONS = 5
 SLOW = 0.7
@@ -88,7 +89,7 @@ def probe(comm: Communicator, job: Any, seconds: float) -> Probe | None:
     known = comm.broadcast_json(None if said is None else [json.loads(part) for part in said])
     hosts = [str(host) for host, _ in known]
     count = int(known[0][1])
-    lines = {name: fit(*points) for name, points in collectives(comm).items()} if comm.size > 1 else {}
+    curves = {name: Curve(*points) for name, points in collectives(comm).items()} if comm.size > 1 else {}
     compute = try_out(job, seconds) if comm.rank == 0 else None
     comm.barrier()
     contention = 1.0
@@ -101,12 +102,12 @@ def probe(comm: Communicator, job: Any, seconds: float) -> Probe | None:
             contention = _ratio(crowded.client, compute.client)
     if compute is None:
         return None
-    return Probe(job.canonical(), hosts, count, max(1.0, contention), lines, compute, reference())
+    return Probe(job.canonical(), hosts, count, max(1.0, contention), curves, compute, reference())
 
 
 def _ratio(crowded: Mapping[str, Any], alone: Mapping[str, Any]) -> float:
     """How many times as long training takes, in the phase that takes longest."""
-    work = 1000.0
+    work = Work(30.0, 1000.0)
     longest = max(alone, key=lambda name: alone[name][0].at(work))
     return float(crowded[longest][0].at(work) / max(1e-9, alone[longest][0].at(work)))
 

@@ -122,11 +122,10 @@ class Timeline:
 
     def _calls(self, exchange: Exchange) -> float:
         """Of a step's collectives; between their least and their most bytes where the trial has seen neither."""
-        least, most = (
-            sum(self.network.seconds(call, self.places) for call in calls) for calls in (exchange.least, exchange.most)
-        )
+        least = sum(self.network.seconds(call, self.places) for call in exchange.least)
         if exchange.least is exchange.most:
             return least
+        most = sum(self.network.seconds(call, self.places) for call in exchange.most)
         low = high = seen = 0.0
         for (direction, name), size in exchange.step.sizes.items():
             if size.most is not None and not size.exact:

@@ -1,15 +1,16 @@
 """What one rank's work costs here: a short run of the job on this rank alone, with a few of its clients.
 
 The engine itself runs, on the job's own models, samples and codecs, so that nothing is estimated that can be measured:
-two clients of different size (or one of each of the job's architectures) for two rounds, then one of them, and again
-while there is time. A client's seconds are a line over its work, the samples that it visits in a round; the server's a
-line over the replies.
+a few clients of different size (and one of each of the job's architectures) for two rounds, then one of them, and again
+while there is time. A client's seconds are fitted to its steps and to the samples that it visits in a round; the
+server's are a line over the replies, of which it is given more than there were, the same ones again.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mpifed.comm.collection import Received
 from mpifed.comm.inprocess import InProcess
 from mpifed.engine import Engine
 from mpifed.federation.federation import Federation
@@ -24,12 +26,15 @@ from mpifed.federation.roster import Assignment, Roster
 from mpifed.federation.store import ClientStore
 from mpifed.guard import StopSignal
 from mpifed.job import Job
-from mpifed.predict.compute import Compute, Line, of_two, work_of
+from mpifed.predict.compute import ClientCost, Compute, of_clients, of_two, work_of
 from mpifed.records import ACTIVITIES
 from mpifed.storage.checkpoint import Checkpoints
 from mpifed.types import nbytes
 
 LEAST_ROUNDS, MOST_ROUNDS = 4, 16
+MOST_REPLIES, MOST_REPLY_BYTES = 64, 1 << 28
+"""With how many replies the server's step is tried out at most."""
+
 SECONDS = 10.0
 """How long a trial goes on, once it has its rounds."""
 
@@ -61,6 +66,7 @@ class _Chosen(Roster):
 class _Timed:
     """Seconds of what a phase's functions took: (round, phase, client or replies, seconds)."""
 
+    replies: int  # of a round of the job
     client: list[tuple[int, str, int, float]] = field(default_factory=list)
     server: list[tuple[int, str, int, float]] = field(default_factory=list)
 
@@ -75,9 +81,26 @@ class _Timed:
             started = time.perf_counter()
             after = phase.server(state, uploads, round_)
             self.server.append((round_, phase.name, len(uploads.clients), time.perf_counter() - started))
+            if round_ > 1 and len(uploads.clients) > 1 and self.replies > len(uploads.clients):
+                self._with_more(phase, state, uploads, round_)
             return after
 
         return replace(phase, client=client, server=server)
+
+    def _with_more(self, phase: Any, state: Any, uploads: Received, round_: int) -> None:
+        """The server's step once more, with as many replies as a round brings; what it makes of them is dropped."""
+        count = len(uploads.clients)
+        held = sum(tensor.nbytes for entries in uploads.entries.values() for tensor in entries) // count
+        replies = min(self.replies, MOST_REPLIES, max(count, MOST_REPLY_BYTES // max(1, held)))
+        again = [number % count for number in range(replies)]
+        entries = {name: [several[i] for i in again] for name, several in uploads.entries.items()}
+        more = replace(uploads, clients=tuple(range(replies)), weights=uploads.weights[again], entries=entries)
+        started = time.perf_counter()
+        try:
+            phase.server(state, more, round_)
+        except Exception:  # what no client ever sent may be refused; then the replies that there were have to do
+            return
+        self.server.append((round_, phase.name, replies, time.perf_counter() - started))
 
 
 def try_out(job: Job, seconds: float = SECONDS) -> Compute:
@@ -87,7 +110,8 @@ def try_out(job: Job, seconds: float = SECONDS) -> Compute:
     document["evaluate"] |= {"every_rounds": 1}
     document["checkpoint"] |= {"every_rounds": 0, "every_seconds": 0.0}
     alone = Federation.build(Job.from_canonical(json.dumps(document)), InProcess.alone())
-    chosen, stop, timed = choose(alone.roster.examples, max(1, len(job.client_models))), StopSignal(), _Timed()
+    chosen, stop = choose(alone.roster.examples, max(1, len(job.client_models))), StopSignal()
+    timed = _Timed(len(alone.roster.sample(1)))
     alone.roster = _Chosen(alone.roster, chosen, stop, seconds)
     before = resident()
     with tempfile.TemporaryDirectory(prefix="mpifed-trial-") as folder:
@@ -107,13 +131,11 @@ def resident() -> int:
 
 
 def choose(examples: Sequence[int], architectures: int) -> list[int]:
-    """A small and a large client, and of each further architecture (client id modulo their number) a usual one."""
+    """Clients of four sizes, and of each further architecture (client id modulo their number) a usual one."""
     chosen = []
     for number in range(min(architectures, len(examples))):
         alike = sorted(range(number, len(examples), architectures), key=lambda client: (examples[client], client))
-        chosen.append(alike[len(alike) // 4])
-        if number == 0 and len(alike) > 1:
-            chosen.append(alike[len(alike) * 9 // 10])
+        chosen += [alike[int(len(alike) * share)] for share in ((0.25, 0.1, 0.7, 0.95) if number == 0 else (0.5,))]
     return list(dict.fromkeys(chosen))
 
 
@@ -127,28 +149,28 @@ def _compute(engine: Engine, timed: _Timed, chosen: Sequence[int], models: int, 
     work = {client: work_of(federation.job.local, federation.roster.examples[client]) for client in chosen}
 
     def best(phase: str, client: int, later: bool) -> float | None:
-        """The least of a client's seconds in a phase, per round; of rounds after its first, where there are some."""
+        """The median of a client's seconds in a phase of a round; of rounds after its first, where there are some."""
         of_rounds: dict[int, float] = {}
         for round_, name, who, seconds in timed.client:
             if (name, who) == (phase, client):
                 of_rounds[round_] = of_rounds.get(round_, 0.0) + seconds
         if later and len(of_rounds) > 1:
             of_rounds.pop(min(of_rounds))
-        return (min(of_rounds.values()) if later else of_rounds[min(of_rounds)]) if of_rounds else None
+        return (statistics.median(of_rounds.values()) if later else of_rounds[min(of_rounds)]) if of_rounds else None
 
     # what the engine does around a client's function: states, codecs, checks
     asked = {r: len({(name, who) for round_, name, who, _ in timed.client if round_ == r}) for r in rounds}
     inside = {r: sum(seconds for round_, _, _, seconds in timed.client if round_ == r) for r in rounds}
-    around = min(max(0.0, activities[r]["train"] - inside[r]) / max(1, asked[r]) for r in rounds[1:])
+    around = statistics.median(max(0.0, activities[r]["train"] - inside[r]) / max(1, asked[r]) for r in rounds[1:])
 
-    def lines(later: bool) -> dict[str, list[Line]]:
-        found: dict[str, list[Line]] = {}
+    def costs(later: bool) -> dict[str, list[ClientCost]]:
+        found: dict[str, list[ClientCost]] = {}
         for name in dict.fromkeys(phases):
             measured = {client: seconds for client in chosen if (seconds := best(name, client, later)) is not None}
             if not measured:
                 continue
             first = [(work[c], measured[c]) for c in chosen if c % architectures == 0 and c in measured]
-            base = of_two(first)
+            base = of_clients(first)
             found[name] = [base.plus(around)]
             for number in range(1, architectures):
                 alike = [c for c in chosen if c % architectures == number and c in measured]
@@ -156,11 +178,11 @@ def _compute(engine: Engine, timed: _Timed, chosen: Sequence[int], models: int, 
                 found[name].append(base.times(factor).plus(around))
         return found
 
-    replies: dict[str, dict[int, float]] = {}
+    later = {name for round_, name, _, _ in timed.server if round_ > 1}
+    replies: dict[str, dict[int, list[float]]] = {}
     for round_, name, count, seconds in timed.server:
-        if round_ > 1 or name not in {n for r, n, _, _ in timed.server if r > 1}:
-            known = replies.setdefault(name, {})
-            known[count] = min(known.get(count, seconds), seconds)
+        if round_ > 1 or name not in later:
+            replies.setdefault(name, {}).setdefault(count, []).append(seconds)
     clients_of = {r: len({who for round_, _, who, _ in timed.client if round_ == r}) for r in rounds}
     communicate: dict[int, float] = {}
     for r in rounds[1:]:
@@ -178,9 +200,12 @@ def _compute(engine: Engine, timed: _Timed, chosen: Sequence[int], models: int, 
     quiet = min(rows[r]["seconds"]["total"] - sum(activities[r].values()) for r in rounds[1:])
     kept = [nbytes(state) for _, state in engine.store.items()]
     return Compute(
-        client=lines(later=True),
-        first=lines(later=False),
-        server={name: of_two(sorted(known.items())) for name, known in replies.items()},
+        client=costs(later=True),
+        first=costs(later=False),
+        server={
+            name: of_two([(count, statistics.median(known)) for count, known in of.items()])
+            for name, of in replies.items()
+        },
         communicate=of_two(sorted(communicate.items())),
         server_test=server_test,
         client_test=min(tests) if engine.algorithm.evaluates != "server" or engine.job.evaluate.own else 0.0,

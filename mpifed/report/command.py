@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mpifed.errors import BadInput
 from mpifed.output import say
+from mpifed.report.foretold import foretold_table
 from mpifed.report.layout import RENDER, Form, as_text
 from mpifed.report.runs import read_runs
 from mpifed.report.table import csv_table, page, runs_table, text_table
@@ -46,8 +47,9 @@ def main(argv: Sequence[str]) -> int:
 def _report_runs(paths: Sequence[str], out: Path | None, form: Form) -> int:
     runs = read_runs(paths)
     _print(text_table(runs) if form == "text" else RENDER[form](runs_table(runs)))
-    if len(runs) == 1 and form == "text" and (table := traffic_table(runs[0])) is not None:
-        _print("\n" + as_text(table))
+    for table in (traffic_table(runs[0]), foretold_table(runs[0])) if len(runs) == 1 and form == "text" else ():
+        if table is not None:
+            _print("\n" + as_text(table))
     out = out or (runs[0].path / "report" if len(runs) == 1 else Path("report"))
 
     from mpifed.report.figures import draw  # after the table, which need not wait for matplotlib

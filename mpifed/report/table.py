@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpifed.progress import megabytes, percent
+from mpifed.report.foretold import foretold_table
 from mpifed.report.layout import Cell, Table, aligned, as_markdown, markdown_row
 from mpifed.report.runs import Run
 from mpifed.report.traffic import traffic_table
@@ -89,7 +90,8 @@ def page(runs: Sequence[Run], figures: Sequence[tuple[str, Path]]) -> str:
     notes = [note for run in runs for note in run.notes]
     if notes:
         lines += ["", "## What could not be read", "", *(f"- {note}" for note in notes)]
-    tables = [table for run in runs if (table := traffic_table(run)) is not None]
+    made = (make(run) for run in runs for make in (traffic_table, foretold_table))
+    tables = [table for table in made if table is not None]
     for table in tables:
         lines += ["", as_markdown(table).replace("### ", "## ", 1)]
     for caption, path in figures:
