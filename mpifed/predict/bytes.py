@@ -44,12 +44,6 @@ class Call:
     pieces: int = 1
     route: Route = "library"
 
-    @property
-    def bytes_of_ranks(self) -> OfRanks:
-        """What each rank sends (gather, reduce, sum) or is sent (broadcast, scatter)."""
-        arrays = (self.received if self.operation in ("broadcast", "scatter") else self.sent).values()
-        return np.sum(list(arrays), axis=0) if arrays else np.zeros(0, np.int64)
-
 
 @dataclass(frozen=True)
 class Exchange:
@@ -162,6 +156,12 @@ class Planner:
         """Whether each rank adds its own clients' before anything is sent, so that one vector a rank is collected."""
         tree = self.federation.job.reduce == "tree" and not isinstance(step.up[name].reduce, Each)
         return tree or self._is_exact(step, name)
+
+    def sums_at_root(self, exchange: Exchange, name: str) -> int:
+        """How many ranks' exact sums rank 0 adds itself."""
+        givers = int((exchange.clients > 0).sum())
+        gathered = sums_are_gathered(givers, self.federation.route("up", name))
+        return givers if gathered and self._is_exact(exchange.step, name) else 0
 
     def is_gathered_in_slices(self, step: Step, name: str) -> bool:
         """Whether replies are gathered slice by slice, and added by rank 0 without all of them being there at once."""

@@ -12,7 +12,9 @@ Applications 19(1), 2005, sections 4 and 5:
 - gather and scatter of unequal parts: one message after the other at rank 0, (p - 1) a + n b, n the others' bytes.
 
 Of several ranks on each node the network joins nodes, and memory the ranks of one: the two costs are added, the first
-with the nodes as p, the second with a node's ranks.
+with the nodes as p, the second with a node's ranks. Along a route of the job's (`mpifed.comm.routes`) copies and sums
+take (p - 1) (a + n b) flat, ceil(log2 p) (a + n b) along a tree over all ranks, and hierarchically a tree over the
+nodes and one over a node's ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpifed.comm.routes import Route
 from mpifed.predict.bytes import Call, Operation
 
 SHORT_BROADCAST = 12 << 10
@@ -87,16 +90,39 @@ class Textbook:
 
     def seconds(self, call: Call, places: Places) -> float:
         """Of a call, all of its pieces."""
-        return self.of(call.operation, _sizes(call, places), places, call.pieces)
+        return self.of(call.operation, _sizes(call, places), places, call.pieces, call.route)
 
-    def of(self, operation: Operation, sizes: tuple[float, float], places: Places, pieces: int = 1) -> float:
+    def of(
+        self,
+        operation: Operation,
+        sizes: tuple[float, float],
+        places: Places,
+        pieces: int = 1,
+        route: Route = "library",
+    ) -> float:
         """`sizes`: bytes that cross the network, and that stay on a node (the same for all but gather and scatter)."""
         across, within = (size / pieces for size in sizes)
+        if route != "library" and operation in ("broadcast", "reduce"):
+            return pieces * self._along(route, across, places, ADD if operation == "reduce" else 0.0)
+        if route == "hierarchical":  # one message from each node
+            network = collective(operation, places.nodes, across, self.network)
+            return pieces * (network + collective(operation, places.largest, within, self.memory))
         network = collective(operation, places.nodes, across, self.network)
         if operation in ("gather", "scatter") and places.nodes > 1:  # every rank elsewhere is a message
             elsewhere = sum(host != places.hosts[0] for host in places.hosts)
             network = elsewhere * self.network.latency + across * self.network.per_byte
         return pieces * (network + collective(operation, places.largest, within, self.memory))
+
+    def _along(self, route: Route, size: float, places: Places, add: float) -> float:
+        """Of a copy for everybody, or a sum, along a route."""
+        first = places.hosts[0]
+        across, within = (link.latency + size * (link.per_byte + add) for link in (self.network, self.memory))
+        if route == "flat":
+            elsewhere = sum(host != first for host in places.hosts)
+            return elsewhere * across + (len(places.hosts) - 1 - elsewhere) * within
+        if route == "tree":
+            return math.ceil(math.log2(max(1, len(places.hosts)))) * (across if places.nodes > 1 else within)
+        return math.ceil(math.log2(places.nodes)) * across + math.ceil(math.log2(places.largest)) * within
 
 
 @dataclass(frozen=True)
@@ -141,29 +167,36 @@ class Measured:
         return call.pieces * (latency * messages + transfer * (1.0 if parts else bytes_))
 
     def _stretch(self, call: Call, places: Places) -> tuple[float, float]:
-        """How many times as many messages one after the other, and bytes, as where it was measured."""
-        if (len(places.hosts), places.nodes) == (len(self.places.hosts), self.places.nodes):
+        """How many times as many messages one after the other, and bytes, as where, and along what, it was measured."""
+        same = (len(places.hosts), places.nodes) == (len(self.places.hosts), self.places.nodes)
+        if same and call.route == "library":
             return 1.0, 1.0
         nothing, sizes = Link(0.0, 0.0), _sizes(call, places)
         several = self.places.nodes > 1
         ratios = []
         for one in (Link(1.0, 0.0), Link(0.0, 1.0)):
             model = Textbook(one, nothing) if several else Textbook(nothing, one)
-            there, here = (model.of(call.operation, sizes, where) for where in (self.places, places))
+            there = model.of(call.operation, sizes, self.places)
+            here = model.of(call.operation, sizes, places, route=call.route)
             ratios.append(here / there if there > 0 else 1.0)
         return ratios[0], ratios[1]
 
 
 def _sizes(call: Call, places: Places) -> tuple[float, float]:
     """Bytes that cross the network in a call, and that stay on a node."""
-    of_ranks = call.bytes_of_ranks
-    if not len(of_ranks):
+    arrays = (call.received if call.operation in ("broadcast", "scatter") else call.sent).values()
+    if not arrays:
         return 0.0, 0.0
+    of_ranks = np.sum(list(arrays), axis=0)
     if call.operation not in ("gather", "scatter"):
         return (float(of_ranks.max()),) * 2
-    here = np.array([host == places.hosts[0] for host in places.hosts])
-    here[0] = False  # its own part goes nowhere
+    if call.route == "hierarchical":  # a leader's messages hold its node's
+        leaders = np.array([host not in places.hosts[:rank] for rank, host in enumerate(places.hosts)])
+        across, within = of_ranks[leaders], of_ranks[~leaders]
+        return float(across[1:].sum()), float(within.sum()) / max(1, places.nodes)
     elsewhere = np.array([host != places.hosts[0] for host in places.hosts])
+    here = ~elsewhere
+    here[0] = False  # its own part goes nowhere
     return float(of_ranks[elsewhere].sum()), float(of_ranks[here].sum())
 
 

@@ -143,7 +143,7 @@ class Timeline:
                 size = exchange.step.sizes["up", name].least * len(exchange.step.asked)
                 if self.planner.adds_on_ranks(exchange.step, name):
                     on_ranks += size
-                    gathered += 8 * declared_elements(declared) * int((exchange.clients > 0).sum())
+                    gathered += self.planner.sums_at_root(exchange, name) * 8 * declared_elements(declared)
                 else:
                     at_root += size
         share = on_ranks / (on_ranks + at_root) if on_ranks + at_root else 0.0

@@ -298,3 +298,13 @@ def test_the_network_that_is_asked_for() -> None:
     assert network_of("", "", None, 2) is None
     with pytest.raises(BadInput, match="--latency: 1ms without --bandwidth"):
         network_of("", "1ms", None, 2)
+
+
+@pytest.mark.parametrize(
+    ("route", "expected"),
+    [("flat", 2 * 2e-3 + 1.1e-4), ("tree", 2 * 2e-3), ("hierarchical", 2e-3 + 1.1e-4)],
+)
+def test_costs_along_routes(route: Any, expected: float) -> None:
+    """1000 bytes from rank 0 to 3 others, one on its node: 2 ms across and 0.11 ms in memory each."""
+    call = replace(call_of("broadcast", [0, 1000, 1000, 1000]), route=route)
+    assert Textbook(LINK, Link(1e-5, 1e-7)).seconds(call, Places(hosts(4, 2))) == pytest.approx(expected)
