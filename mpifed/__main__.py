@@ -17,6 +17,7 @@ COMMANDS = {
     "supervise": ("mpifed.supervise", "start a run again after a death or crash, until it is complete"),
     "sweep": ("mpifed.sweep.command", "list, run or resume the jobs of a sweep file"),
     "report": ("mpifed.report.command", "compare runs, or the means of a sweep: tables and figures"),
+    "doctor": ("mpifed.doctor.command", "look at this machine: MPI, launcher, files, memory, GPUs, Slurm"),
     "export": ("mpifed.export", "write the final model of a run as safetensors"),
 }
 """Module (with a `main(argv) -> exit code`) and one line of help for each command; imported only when used."""

@@ -17,6 +17,8 @@ import numpy as np
 
 from mpifed.comm.communicator import Buffer, Communicator
 from mpifed.comm.inprocess import InProcess
+from mpifed.comm.launched import sizes
+from mpifed.comm.wire.mpi_t import library_path
 from mpifed.errors import BadInput
 
 SHORTEST_SLEEP = 50e-6  # seconds
@@ -26,8 +28,6 @@ AT_FIRST = 0.25
 
 REDUCED_BYTES = 4 << 20
 """Bytes that one blocking reduction adds: longer ones leave the caches (three times slower with MPICH)."""
-
-_LAUNCHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 class Mpi(Communicator):
@@ -45,7 +45,7 @@ class Mpi(Communicator):
 
     def library(self) -> str:
         """The MPI library's own name and version, one line."""
-        return self._mpi.Get_library_version().strip("\x00 \n").splitlines()[0].strip()
+        return _first_line(self._mpi.Get_library_version())
 
     def _finish(self, request: Any) -> None:
         if not request.Test():
@@ -118,8 +118,7 @@ def world() -> Communicator:
 
     Raises BadInput where the launcher started several processes that do not see each other.
     """
-    announced = {name: int(os.environ[name]) for name in _LAUNCHER_SIZES if os.environ.get(name, "").isdigit()}
-    several = {name: size for name, size in announced.items() if size > 1}
+    several = {name: size for name, size in sizes(os.environ).items() if size > 1}
     try:
         comm: Communicator = Mpi()
     except (ImportError, RuntimeError) as error:
@@ -137,3 +136,50 @@ def world() -> Communicator:
             "use the mpirun of the MPI library that mpi4py has loaded, or srun with its --mpi type"
         )
     return comm
+
+
+# --- for `mpifed doctor` ----------------------------------------------------------------------------------------------
+def installed() -> dict[str, str]:
+    """The MPI library (`library`, `path`), the `standard` that it follows and `mpi4py`, without starting MPI.
+
+    In a process that starts it neither before nor after. Raises ImportError or RuntimeError where there is no library.
+    """
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    major, minor = MPI.Get_version()
+    return {
+        "library": " ".join(_first_line(MPI.Get_library_version()).split()),
+        "standard": f"{major}.{minor}",
+        "mpi4py": mpi4py.__version__,
+        "path": library_path(),
+    }
+
+
+def revokes() -> bool:
+    """Whether the library can end a communicator in which a rank has died (ULFM)."""
+    try:
+        from mpi4py import MPI
+
+        MPI.COMM_SELF.Dup().Revoke()
+    except (ImportError, RuntimeError, NotImplementedError):  # MPI.Exception is a RuntimeError
+        return False
+    return True
+
+
+def broadcast_in_place(buffer: Any) -> int:
+    """Rank 0's `buffer`, which may lie in a GPU's memory, on every rank; this rank's number. None is not sent.
+
+    A library that cannot may end the process.
+    """
+    from mpi4py import MPI
+
+    if buffer is not None:
+        MPI.COMM_WORLD.Bcast(buffer, root=0)
+    return int(MPI.COMM_WORLD.rank)
+
+
+def _first_line(version: str) -> str:
+    return version.strip("\x00 \n").splitlines()[0].strip()

@@ -31,6 +31,7 @@ from mpifed.federation.load import load
 from mpifed.federation.roster import Roster
 from mpifed.job import Job
 from mpifed.learning.local import HEAD
+from mpifed.memory import return_freed_memory
 from mpifed.rng import numpy_generator
 
 log = logging.getLogger("mpifed")
@@ -145,6 +146,7 @@ class Federation:
             for client in self._hosted:
                 self._kept[client] = self.source.take("train", self.partition.train[client])
             self.source = None
+            return_freed_memory()
 
     def _share(self) -> None:
         """One copy a node of what every rank would keep of a source that is not shared: on all ranks, or on none."""

@@ -83,12 +83,19 @@ class MpiT:
         return joined(sent, len(counts))
 
 
-def _loaded() -> Any:
-    """The MPI library that is in this process already. Raises Unreadable."""
+def library_path() -> str:
+    """The file of the MPI library that is in this process already. Raises Unreadable."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             paths = {line.rstrip("\n").split(" ", 5)[-1].strip() for line in maps}
-        found = min(path for path in paths if os.path.basename(path).startswith("libmpi.so"))
-        return ctypes.CDLL(found)
+        return min(path for path in paths if os.path.basename(path).startswith("libmpi.so"))
     except (OSError, ValueError) as error:
+        raise Unreadable("the MPI library that this process uses was not found") from error
+
+
+def _loaded() -> Any:
+    """The MPI library that is in this process already. Raises Unreadable."""
+    try:
+        return ctypes.CDLL(library_path())
+    except OSError as error:
         raise Unreadable("the MPI library that this process uses was not found") from error
