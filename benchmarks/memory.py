@@ -18,6 +18,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ def main() -> None:
     parser.add_argument("--algorithm", nargs="+", default=["fedavg", "local"])
     parser.add_argument("--share", nargs="+", default=["auto", "off"])
     arguments = parser.parse_args()
-    out = Path("memory.json")
+    folder = tempfile.TemporaryDirectory(prefix="mpifed-memory-")
+    out = Path(folder.name) / "ranks.json"
     print(
         "| data | algorithm | participation | data.share | in use, together | held, together | held, rank 0 | others |"
     )
@@ -142,7 +144,7 @@ def main() -> None:
             f"{sum(used):.0f} MB | {sum(held):.0f} MB | {held[0]:.0f} | {min(held[1:]):.0f} to {max(held[1:]):.0f}"
         )
         print(f"| {name} | {algorithm} | {participation} | {share} | {together} |", flush=True)
-    out.unlink()
+    folder.cleanup()
 
 
 if __name__ == "__main__":
