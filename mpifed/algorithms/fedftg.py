@@ -210,7 +210,7 @@ class FedFTG(Algorithm):
         settings, random = self.settings, env.generator("fine-tuning", round_)
         alpha = label_weights(counts)  # [K, C], the class-level ensemble of equation 10
         student, generator = env.model(), self.generator(env).model
-        student.load(base["model"], base.get("buffers", env.initial()[1]))
+        student.load(base["model"], base.get("buffers", clients[1].mean(dim=0)))
         generator.load(server["generator"], server["generator_buffers"])
         decay = self.lr_decay ** (round_ - 1)
         sgd = Sgd(parts_of(student), Plain(self.student_weight_decay), self.student_lr * decay)

@@ -114,7 +114,8 @@ class FedGen(FedAvg):
     """0 | 1: added to every count, so that a client without samples of a label has some say about it."""
     ensemble: EnsembleLoss = OF_VARIANT
     """mean_logits | weighted_ce: the generator's loss is the cross-entropy of the heads' mean logits, or the sum of
-    their cross-entropies, weighted by label count."""
+    their cross-entropies, weighted by label count. Or `mean_weight_ce`: to the letter of the authors' code, whose
+    weights are averaged over the batch before they weigh anything."""
     noise: Noise = OF_VARIANT
     """normal | uniform: the generator's noise."""
     order: Literal["aggregate_first", "generator_first"] = OF_VARIANT

@@ -20,7 +20,7 @@ from mpifed.learning.distillation import kl_divergence
 from mpifed.learning.generation import Noise, diversity_loss, draw_noise, sample_labels
 from mpifed.learning.local import Optimizer
 
-EnsembleLoss = Literal["mean_logits", "weighted_ce"]
+EnsembleLoss = Literal["mean_logits", "weighted_ce", "mean_weight_ce"]
 
 
 # --- server -----------------------------------------------------------------------------------------------------------
@@ -71,12 +71,16 @@ def teacher_loss(logits: Tensor, labels: Tensor, weights: Tensor, ensemble: Ense
     """Do the clients' heads together see the label? `logits` `[K, B, C]`, `labels` `[B]`, `weights` `[K, B]`.
 
     `mean_logits`: the cross-entropy of the mean of all logits (equation 4). `weighted_ce`: the mean over the batch of
-    the clients' cross-entropies, weighted by label (the authors' code).
+    the clients' cross-entropies, weighted by label (what the authors' code means). `mean_weight_ce`: what it computes,
+    each client's mean cross-entropy times its mean weight, since weights `[B, 1]` meet entropies `[B]` there and make a
+    product `[B, B]`; a client then has its say about labels that it never had.
     """
     if ensemble == "mean_logits":
         return F.cross_entropy(logits.mean(dim=0), labels)
     k, b, c = logits.shape
     entropy = F.cross_entropy(logits.reshape(k * b, c), labels.repeat(k), reduction="none").view(k, b)
+    if ensemble == "mean_weight_ce":
+        return (weights.mean(dim=1) * entropy.mean(dim=1)).sum()
     return (weights * entropy).sum(dim=0).mean()
 
 

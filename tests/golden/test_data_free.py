@@ -50,6 +50,21 @@ def test_the_teachers_weights_are_those_of_each_samples_label() -> None:
     assert loss.item() == pytest.approx((0.25 * math.log(2) + 0.75 * math.log(10 / 9) + math.log(2)) / 2)
 
 
+def test_the_letter_of_the_code_averages_weights_before_they_weigh() -> None:
+    """The same two samples. The authors multiply cross-entropies [B] by weights [B, 1], and take the mean of [B, B].
+
+    Client 0: mean weight (1/4 + 1)/2 = 5/8, mean cross-entropy (log 2 + log 2)/2; client 1: 3/8 and
+    (log(10/9) + log 10)/2, though it has no say about label 1.
+    """
+    logits, labels = LOGITS.expand(2, 2, 2), torch.tensor([0, 1])
+    weights = torch.tensor([[0.25, 1.0], [0.75, 0.0]])
+    loss = teacher_loss(logits, labels, weights, "mean_weight_ce")
+    assert loss.item() == pytest.approx(5 / 8 * math.log(2) + 3 / 16 * (math.log(10 / 9) + math.log(10)))
+    entropies = [nn.functional.cross_entropy(of_client, labels, reduction="none") for of_client in logits]
+    letter = sum((entropy * weight.reshape(-1, 1)).mean() for entropy, weight in zip(entropies, weights, strict=True))
+    assert loss.item() == pytest.approx(float(letter))
+
+
 def test_all_terms_of_the_generators_loss() -> None:
     """Heads of one feature, two classes: client 0 ignores it, client 1 multiplies it by (1, 0). Two samples of label 0
     with latent 2 log 3 and 0, noise 0 and 2.
@@ -144,6 +159,27 @@ def test_a_regularised_step() -> None:
     assert value.item() == pytest.approx(math.log(2) + 2 * math.log(4 / 3) + 5 * kl)
     value.backward()
     close(model.gradient, [-0.5 * LOG3, 0.5 * LOG3])
+
+
+class ByLabel(nn.Module):
+    """A generator that makes log 3 for label 0, and 0 for label 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.tensor([[LOG3], [0.0]]))
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        return self.values[labels]
+
+
+def test_a_sample_is_compared_with_what_is_generated_for_its_own_label() -> None:
+    """Though the prior knows label 0 alone: a sample 0 of label 1, logits (0, 0), meets the head's answer (1/2, 1/2) to
+    generated 0, of label 0 the (3/4, 1/4) to log 3. The head's own term is log(4/3) for both."""
+    random = torch_generator(0, "generated")
+    loss = RegularisedLoss(split, FlatModel(ByLabel()), torch.tensor([1.0, 0.0]), 2.0, 5.0, 0, 4, ("normal", 3), random)
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    values = [loss(FlatModel(OneFeature()), torch.zeros(1, 1), torch.tensor([label])).item() for label in (1, 0)]
+    assert values == pytest.approx([math.log(2) + 2 * math.log(4 / 3) + 5 * more for more in (0.0, kl)])
 
 
 def test_no_more_than_the_first_steps_are_regularised() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log
+from math import exp, log
 
 import pytest
 import torch
@@ -185,6 +185,27 @@ def test_the_generator_makes_images_that_the_teachers_know() -> None:
     assert joint == pytest.approx([0.75 * first + 0.25 * second], abs=1e-5)
     each = generator_gradients(fidelity_weight=1.0, generator_update="per_client")
     assert [value for (value,) in each] == pytest.approx([0.75 * first, 0.25 * second], abs=1e-5)
+
+
+def test_every_teachers_step_has_its_share_of_the_diversity() -> None:
+    """Images a and 0 at a = 1, noise 1 and 0: L_dis = exp(-2 a / 4), slope -exp(-1/2)/2; with two steps half of it in
+    each. Nothing else has a gradient: the student is flat, and the teachers' is cut."""
+    for update, share in (("joint", [1.0]), ("per_client", [0.5, 0.5])):
+        a, recorder, noise = torch.ones(1, requires_grad=True), Recorder(), torch.tensor([[1.0], [0.0]])
+        train_generator(
+            lambda noise, labels, a=a: a * noise,
+            [a],
+            recorder,
+            FlatModel(Shift((0.0, 0.0))),
+            lambda images, some: images[None] * torch.ones(2, 1, 2)[some],
+            noise,
+            torch.tensor([0, 0]),
+            torch.full((2, 2), 0.5),
+            settings(diversity_weight=1.0, generator_update=update),
+        )
+        assert [value for (value,) in recorder.gradients] == pytest.approx(
+            [-exp(-0.5) / 2 * s for s in share], abs=1e-6
+        )
 
 
 @pytest.mark.parametrize(("policy", "moves"), [("train", True), ("restored", False), ("frozen", False)])

@@ -79,6 +79,20 @@ def test_fedprox_gradient_comes_before_momentum() -> None:
     close(simulation.server["model"], [0.235, 0.45, -0.82])
 
 
+def test_fedprox_pulls_towards_the_model_of_this_round() -> None:
+    """Not towards zero, nor the first model. Gradient g = (10, -20, 0) everywhere, x = (1, 2, 3), lr 0.1, mu 0.5.
+
+    Two steps: w = x - 0.1 g, then w = x - 0.1 g - 0.1 (g - 0.05 g) = x - 0.195 g; the next round begins there and does
+    the same: x - 0.39 g.
+    """
+    g = torch.tensor([[10.0, -20.0, 0.0]])
+    simulation = Simulation(FedProx(mu=0.5), Slope([1.0, 2.0, 3.0]), [g], lr=0.1, steps=2)
+    simulation.run([0])
+    close(simulation.server["model"], [-0.95, 5.9, 3.0])
+    simulation.run([0])
+    close(simulation.server["model"], [-2.9, 9.8, 3.0])
+
+
 # --- SCAFFOLD ---------------------------------------------------------------------------------------------------------
 G = torch.tensor([[[3.0, 0.0, 0.0]], [[0.0, 6.0, 0.0]], [[0.0, 3.0, 12.0]]])
 """The gradients of three clients, one sample each."""
@@ -157,6 +171,16 @@ def test_scaffold_uses_the_step_size_of_the_round() -> None:
     for state, gradient in zip(simulation.states, G, strict=True):
         close(state["control"], gradient[0].tolist(), 1e-5)
     close(simulation.server["model"], [-0.75, -0.75 * 3, -0.75 * 4], 1e-5)  # both rounds along the mean (1, 3, 4)
+
+
+def test_scaffold_divides_by_the_steps_that_each_client_took() -> None:
+    """Two epochs in batches of one: client 0 with one sample makes 2 steps, client 1 with three makes 6, and c_i is g_i
+    for both. With one number of steps for all, 2 say, client 1 would have 3 g_1."""
+    samples = [G[0], G[1].repeat(3, 1)]
+    simulation = Simulation(Scaffold(), Slope(ZERO), samples, lr=0.1, epochs=2, batch_size=1)
+    simulation.run([0, 1])
+    close(simulation.states[0]["control"], [3, 0, 0], 1e-5)
+    close(simulation.states[1]["control"], [0, 6, 0], 1e-5)
 
 
 # --- FedDyn -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mpifed.algorithms import fedftg
 from mpifed.algorithms.fedavg import FedAvg
 from mpifed.algorithms.fedftg import FedFTG
 from mpifed.algorithms.local import Local
@@ -72,6 +73,25 @@ def test_statistics_of_the_clients_own_travel_to_the_server(tmp_path: Path) -> N
     assert all(set(state["state"]) == {"buffers"} for state in result.clients.values())
 
 
+def test_the_student_has_the_mean_of_the_clients_own_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where none are averaged: the generator asks the student in evaluation mode, which the initial ones, mean 0 and
+    variance 1, do not fit."""
+    seen: list[torch.Tensor] = []
+    original = fedftg.train_generator
+
+    def spy(generate: Any, parameters: Any, adam: Any, student: Any, *rest: Any) -> None:
+        seen.append(student.buffers.clone())
+        original(generate, parameters, adam, student, *rest)
+
+    monkeypatch.setattr(fedftg, "train_generator", spy)
+    model = {"name": "tests.algorithm_table:model", "buffers": "local"}
+    result = outcome(tmp_path, SMALL, model=model, rounds=1)
+    kept = torch.stack([state["state"]["buffers"] for state in result.clients.values()])
+    torch.testing.assert_close(seen[0], kept.mean(dim=0))
+
+
 def test_teachers_are_the_clients_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their weighted mean is what the base makes of them, and they differ; their statistics likewise."""
     seen: list[Any] = []
@@ -91,6 +111,57 @@ def test_teachers_are_the_clients_models(tmp_path: Path, monkeypatch: pytest.Mon
     torch.testing.assert_close((weights[:, None] * models).sum(dim=0).float(), base["model"])
     torch.testing.assert_close((weights[:, None] * buffers).sum(dim=0).float(), base["buffers"])
     assert len(torch.unique(models, dim=0)) == len(sampled) == 3
+
+
+def test_the_student_learns_what_the_teachers_say_by_class_of_images_that_stand_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target is the sum of the teachers' probabilities, each sample's weighted by its class; the generator is in
+    evaluation mode (an image does not depend on the others of its batch), and goes on from round to round."""
+    begun, given, checked = [], [], 0
+    train_generator, train_student = fedftg.train_generator, fedftg.train_student
+
+    def spy_generator(generate: Any, parameters: Any, adam: Any, student: Any, *rest: Any) -> None:
+        begun.append(torch.cat([part.detach().reshape(-1) for part in parameters]))
+        given[:] = [generate, *rest[:4]]
+        train_generator(generate, parameters, adam, student, *rest)
+
+    def spy_student(student: Any, sgd: Any, images: Any, target: Any, *rest: Any) -> None:
+        nonlocal checked
+        generate, teachers, noise, labels, weights = given
+        with torch.no_grad():
+            torch.testing.assert_close(generate(noise[:3], labels[:3]), images[:3])
+            expected = sum(w[:, None] * p for w, p in zip(weights, teachers(images).softmax(dim=2), strict=True))
+        torch.testing.assert_close(target, expected)
+        torch.testing.assert_close(target.sum(dim=1), torch.ones(len(target)))
+        checked += 1
+        train_student(student, sgd, images, target, *rest)
+
+    monkeypatch.setattr(fedftg, "train_generator", spy_generator)
+    monkeypatch.setattr(fedftg, "train_student", spy_student)
+    one = outcome(tmp_path / "1", SMALL, rounds=1).server["generator"]
+    begun.clear()
+    outcome(tmp_path / "2", SMALL, rounds=2)
+    assert checked == 6 and len(begun) == 4 and torch.equal(begun[2], one)
+
+
+def test_step_sizes_fall_and_optimisers_are_new_every_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[tuple[float, float]]] = {"Sgd": [], "Adam": []}
+
+    def spy(name: str) -> Any:
+        original = getattr(fedftg, name)
+
+        def make(parameters: Any, settings: Any, rate: float) -> Any:
+            seen[name].append((settings.weight_decay, rate))
+            return original(parameters, settings, rate)
+
+        return make
+
+    for name in seen:
+        monkeypatch.setattr(fedftg, name, spy(name))
+    table = {"lr_decay": 0.5, "student_lr": 0.2, "generator_lr": 0.02, "student_weight_decay": 0.25}
+    outcome(tmp_path, SMALL | table, rounds=2)
+    assert seen == {"Sgd": [(0.25, 0.2), (0.25, 0.1)], "Adam": [(0.0, 0.02), (0.0, 0.01)]}
 
 
 def test_official_and_paper_differ_and_switches_win(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_the_variants_differ_in_every_switch_and_in_what_they_learn(tmp_path: Pa
         {"counts": "held"},
         {"smoothing": 0.0},
         {"ensemble": "mean_logits"},
+        {"ensemble": "mean_weight_ce"},
         {"noise": "normal"},
         {"diversity_weight": 0.0},
         {"student_weight": 0.5},
@@ -139,10 +140,43 @@ def test_no_steps_leave_the_generator_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_generator_learns_on_with_its_moments(tmp_path: Path) -> None:
-    """3 steps a round; the moments of Adam and the running statistics last."""
-    server = run(job_of(FEDGEN), tmp_path).server
+    """3 steps a round; the moments of Adam and the running statistics last, and those move as it trains."""
+    job = job_of(FEDGEN)
+    server = run(job, tmp_path).server
     assert float(server["optimizer"]["steps"]) == 3 * ROUNDS
-    assert server["optimizer"]["square"].max() > 0 and server["generator_statistics"].std() > 0
+    algorithm: Any = job.algorithm.make()
+    start = algorithm.generator(Federation.build(job, InProcess.alone()).env).buffers
+    assert server["optimizer"]["square"].max() > 0 and bool((server["generator_statistics"] != start).all())
+
+
+def test_the_generators_step_size_falls_and_its_weights_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, float]] = []
+    original = fedgen.Adam
+
+    def spy(parameters: Any, settings: Any, rate: float) -> Any:
+        seen.append((settings.weight_decay, rate))
+        return original(parameters, settings, rate)
+
+    monkeypatch.setattr(fedgen, "Adam", spy)
+    table = {"generator_lr": 0.01, "generator_lr_decay": 0.5, "generator_weight_decay": 0.25}
+    run(job_of(FEDGEN | table), tmp_path)
+    assert seen == [(0.25, 0.01), (0.25, 0.005), (0.25, 0.0025)]
+
+
+def test_a_client_takes_the_generator_as_it_was_sent(tmp_path: Path) -> None:
+    """In evaluation mode, with the running statistics of the server's. Half as many generated samples count half."""
+    table = FEDGEN | {"synthetic_batch": 4, "decay": 0.5}
+    job = job_of(table, rounds=1)
+    server = run(job, tmp_path).server
+    federation = Federation.build(job, InProcess.alone())
+    algorithm: Any = federation.algorithm
+    samples = partial(federation.samples, 0)
+    ctx = Context(federation.env, 0, 2, "train", samples, 1.0, federation.job.local)  # batches of 8
+    loss = algorithm.objective(algorithm.download(server, 2), ctx)
+    assert not loss.generator.training
+    assert torch.equal(loss.generator.parameters, server["generator"])
+    assert torch.equal(loss.generator.buffers, server["generator_statistics"])
+    assert (loss.batch_size, loss.generated_weight, loss.latent_kl_weight) == pytest.approx((4, 0.3 / 4, 0.1))
 
 
 def test_the_generator_depends_on_the_seed(tmp_path: Path) -> None:
