@@ -132,6 +132,7 @@ class Engine:
         self.wire = choose(self.comm, self.job.measure_wire, self.federation.hosts)
         if self.comm.rank == 0 and self.wire.source is None and self.job.measure_wire not in ("auto", "off"):
             log.warning("measure_wire: wire bytes are not measured: %s", self.wire.reason)
+        self.comm.moved = self.wire.moved
         self.comm.traffic.take()  # what was said before round 1 belongs to no round
         self._clock.take()
         while self.round < self.job.rounds:
@@ -210,7 +211,6 @@ class Engine:
             )
             if self.server is not None:
                 self.server = self.algorithm.sent(self.server, shared, round_)
-        self.wire.count(phase.name, "down")
         reach("round.after_download", round_, rank)
         if first and self.server is not None:
             self._close_row(self.federation.env)
@@ -250,12 +250,10 @@ class Engine:
         reach("round.before_upload", round_, rank)
         with self._clock.time("wait"):
             known = self.exchange.announce(up_fields, outgoing, dealt)
-        self.wire.count("", "control")
         if len(known.clients) < self.job.min_replies:
             raise TooFewReplies(self._too_few(phase, round_, len(known.clients), said))
         with self._clock.time("communicate"):
             uploads = self.exchange.collect(phase.name, up_fields, outgoing, known, dealt)
-        self.wire.count(phase.name, "up")
         reach("round.after_upload", round_, rank)
         for client, record in staged.items():
             if record["state"] or "codec" in record:
@@ -361,7 +359,6 @@ class Engine:
         with self._clock.time("wait"):  # for the server's step; in the next round's report
             parts, wishes = self.comm.gather_bytes_and_sum(own.to_bytes(), asked_for)
         agreed = [wish > 0 for wish in wishes]
-        self.wire.count("", "control")
         _, own_received = self.comm.traffic.take()  # of this message itself, which no rank could count in it
         wire = self.wire.collect()
         self.comm.traffic.take()  # what is said about wire bytes is part of no round

@@ -449,6 +449,13 @@ def _scheduled(codec: str | dict[str, str]) -> bool:
     return any(getattr(make(text, "codec"), "scheduled", False) for text in texts)
 
 
+def route_among(collectives: str | Mapping[str, str], direction: str, field: str) -> str:
+    """The route of a field among those of `Job.collectives`."""
+    if isinstance(collectives, str):
+        return collectives
+    return collectives.get(f"{direction}.{field}", collectives.get(direction, "library"))
+
+
 # --- the job ----------------------------------------------------------------------------------------------------------
 class Job(_Table):
     """Everything that decides what a run computes, and where it leaves it."""
@@ -588,9 +595,7 @@ class Job(_Table):
 
     def route_of(self, direction: Literal["up", "down"], field: str) -> str:
         """The route of one exchanged field: its own, its direction's, or `library`."""
-        if isinstance(self.collectives, str):
-            return self.collectives
-        return self.collectives.get(f"{direction}.{field}", self.collectives.get(direction, "library"))
+        return route_among(self.collectives, direction, field)
 
     # --- forms --------------------------------------------------------------------------------------------------------
     def canonical(self) -> str:

@@ -71,6 +71,7 @@ class Journal:
             "wire": ": ".join(filter(None, (self._engine.wire.name, self._engine.wire.reason))),
             "ranks": federation.comm.size,
             "hosts": federation.hosts,
+            "collectives": job.collectives,
             "device": str(federation.env.device),
             "threads": job.threads,
             "argv": sys.argv,

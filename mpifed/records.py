@@ -100,7 +100,7 @@ class Records:
         """
         self._add_to_ledger(round_, reports, exchanged, usual_rank)
         for part in wire:
-            self.wire.add(round_, part.phase, part.direction, part.by_rank, part.flows)
+            self.wire.add(round_, part.phase, part.direction, part.by_rank, part.flows, part.kind)
         self.rank_times += [
             [round_, rank, *(report.seconds.get(name, 0.0) for name in ACTIVITIES)]
             for rank, report in enumerate(reports)

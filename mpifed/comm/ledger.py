@@ -2,7 +2,7 @@
 
 Logical bytes are what the papers count: every client's own download and upload, after the codec. MPI bytes are the
 lengths of the buffers that a rank handed to MPI, to be sent or to be filled. Wire bytes are what a counter of the
-transport moved on (`mpifed.comm.wire`); they know no kind, as one message may carry several.
+transport moved on (`mpifed.comm.wire`), message by message; where one carried several kinds, theirs together.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 
 WEIGHT = "weight"
 """Kind of the 8 bytes (a float64) that a reply carries as its weight, where some field is a weighted mean."""
+
+JOIN = "+"
+"""Between the kinds of one message, in alphabetical order; no name of a kind holds it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,10 @@ class Ledger:
 
 @dataclass(frozen=True)
 class WireEntry:
-    """What a rank's counter moved on in one part of a round; `direction` as in `Entry`."""
+    """What a rank's counter moved on in one part of a round; `direction` as in `Entry`.
+
+    `kind`: of several kinds of one message all, joined by `JOIN`; empty where it was written before there were kinds.
+    """
 
     round: int
     phase: str
@@ -86,6 +92,7 @@ class WireEntry:
     sent: int
     received: int
     retransmitted: int  # of `sent`
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,10 +119,11 @@ class WireLedger:
         direction: str,
         by_rank: Sequence[tuple[int, int, int]],
         flows: Mapping[tuple[int, int], int],
+        kind: str = "",
     ) -> None:
         """Write down a part of a round: (sent, received, retransmitted) by rank, and bytes by (sender, receiver)."""
         self.entries += [
-            WireEntry(round_, phase, direction, rank, *count) for rank, count in enumerate(by_rank) if any(count)
+            WireEntry(round_, phase, direction, rank, *count, kind) for rank, count in enumerate(by_rank) if any(count)
         ]
         for (sender, receiver), sent in flows.items():
             key = direction, sender, receiver

@@ -45,6 +45,7 @@ WIRE = {
     "sent": "int64",
     "received": "int64",
     "retransmitted": "int64",
+    "kind": "S",
 }
 WIRE_FLOWS = {"direction": "S", "sender": "int32", "receiver": "int32", "sent": "int64"}
 RANK_TIMES = {
@@ -213,8 +214,8 @@ def read_record(path: str | Path) -> Record:
                 provenance=content["provenance"][1]
                 | {name: _from_json(value) for name, value in columns["provenance"].items()},
                 rank_times=_known_columns(columns["rank_times"], RANK_TIMES),
-                # a record of before there were wire bytes has none
-                wire=_known_columns(columns["wire"], WIRE) if columns["wire"] else {},
+                # a record of before there were wire bytes has none, or has them without kinds
+                wire=_known_columns(_with_kinds(columns["wire"]), WIRE) if columns["wire"] else {},
                 wire_flows=_known_columns(columns["wire_flows"], WIRE_FLOWS) if columns["wire_flows"] else {},
             )
     except _Refused as error:
@@ -283,6 +284,10 @@ def _known_columns(columns: dict[str, Column], known: Mapping[str, str]) -> dict
     if len({column.shape for column in found.values()}) != 1 or column.ndim != 1:
         raise _Refused("its columns differ in length")
     return found
+
+
+def _with_kinds(wire: dict[str, Column]) -> dict[str, Column]:
+    return {"kind": np.zeros(len(wire["round"]), "S1")} | wire
 
 
 def _read_partition(columns: dict[str, Column], attributes: dict[str, Any]) -> PartitionRecord | None:

@@ -70,6 +70,14 @@ def test_wire_bytes() -> None:
     assert ledger.columns()["received"] == [0, 100, 0, 90] and ledger.flow_columns()["sent"] == [194]
 
 
+def test_wire_bytes_by_kind() -> None:
+    """What a checkpoint of before there were kinds holds is read without them."""
+    ledger = WireLedger.from_rows([[[1, "train", "down", 0, 104, 0, 4]], []])
+    ledger.add(2, "train", "down", [(7, 0, 0)], {}, "generator+model")
+    assert ledger.columns()["kind"] == ["", "generator+model"]
+    assert ledger.entries[1] == WireEntry(2, "train", "down", 0, 7, 0, 0, "generator+model")
+
+
 def test_labels() -> None:
     for place in (("train", "up", "update"), ("a-b", "down", "x.y")):
         assert unlabel(label(*place)) == place

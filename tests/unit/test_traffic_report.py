@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -12,8 +13,8 @@ from mpifed.comm.ledger import Entry, Flow, Ledger, WireEntry, WireLedger
 from mpifed.report.command import main
 from mpifed.report.layout import as_text
 from mpifed.report.runs import Run, read_run
-from mpifed.report.traffic import Bytes, bytes_of, flow_matrix, traffic_table
-from mpifed.storage.record import PartitionRecord, read_record, write_record
+from mpifed.report.traffic import Bytes, bytes_of, flow_matrix, messages, traffic_table
+from mpifed.storage.record import PartitionRecord, Record, read_record, write_record
 from mpifed.storage.run_folder import RunFolder
 from mpifed.storage.summary import summarise
 
@@ -90,6 +91,64 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert [cell.text for cell in table.rows[0]] == ["down", "10.0", "1.00", "2.00", "2.00", "1.000"]
     assert [cell.text for cell in table.rows[1]] == ["up", "10.0", "6.00", "4.00", "4.00", "1.000"]
     assert flow_matrix(run.record, "up").tolist() == [[0, 0, 0], [MB, 0, MB], [2 * MB, 0, 0]]
+
+
+def by_kind(record: Record, down: str, collectives: object = "library") -> Record:
+    """The same with kinds on the wire: down of `down`, up of `update`; and the downloads half of a control variate."""
+    directions = record.wire["direction"]
+    record.wire["kind"] = np.where(directions == "down", down, "update")
+    ledger = {name: np.repeat(column, 2) for name, column in record.ledger.items()}
+    for name in ("logical", "mpi_sent", "mpi_received"):
+        ledger[name] = ledger[name] // 2
+    ledger["kind"] = np.where(
+        (ledger["direction"] == "down") & (np.arange(len(ledger["kind"])) % 2), "control", ledger["kind"]
+    )
+    record.ledger.update(ledger)
+    record.provenance["collectives"] = collectives
+    return record
+
+
+def test_kinds_of_one_message_stand_in_one_row(tmp_path: Path) -> None:
+    """The bytes of a message of two kinds are nowhere split; where each had its own, each has its row."""
+    run = make_run(tmp_path / "a")
+    assert run.record is not None
+    assert messages(run.record, "down") == [("model",)]
+    record = by_kind(run.record, "control+model")
+    assert messages(record, "down") == [("control", "model")] and messages(record, "up") == [("update",)]
+    assert bytes_of(record, "down", ["control", "model"]) == Bytes(10 * MB, MB, 2 * MB, 2 * MB + 250, 50)
+    table = traffic_table(run)
+    assert table is not None
+    assert [row[0].text for row in table.rows] == ["down", "down control+model", "up", "up update", "control", "all"]
+    assert [cell.text for cell in table.rows[1]][1:] == [cell.text for cell in table.rows[0]][1:]
+    assert "measured together" in " ".join(table.notes)
+
+    record.wire["kind"] = np.where(record.wire["direction"] == "down", "model", "update")
+    assert messages(record, "down") == [("control",), ("model",)]
+    assert bytes_of(record, "down", ["control"]) == Bytes(5 * MB, MB // 2, MB, 0)
+
+
+def test_what_goes_along_routes_is_counted_where_it_is_sent(tmp_path: Path) -> None:
+    """Up by node: 2 MB from rank 2 to rank 1, which sends 2 MB on; rank 0, which gives nothing, hands nothing over."""
+    run = make_run(tmp_path / "a")
+    record = run.record
+    assert record is not None
+    up = record.ledger["direction"] == "up"
+    record.ledger["mpi_sent"][up] = [0, 2 * MB, 2 * MB] * 2
+    record.ledger["mpi_received"][up] = [2 * MB, 2 * MB, 0] * 2
+    record.provenance["collectives"] = {"up.update": "hierarchical"}
+    assert bytes_of(record, "up").mpi_between == 4 * MB and bytes_of(record, "down").mpi_between == 2 * MB
+    record.provenance["collectives"] = "library"
+    assert bytes_of(record, "up").mpi_between == 6 * MB
+
+
+def test_a_record_of_before_there_were_kinds(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a").path / "run.h5"
+    with h5py.File(path, "a") as file:
+        del file["wire/kind"]
+    record = read_record(path)
+    assert set(record.wire["kind"]) == {""} and bytes_of(record, "down").wire == 2 * MB + 250
+    table = traffic_table(read_run(path.parent))
+    assert table is not None and len(table.rows) == 4
 
 
 def test_the_words_are_about_this_run(tmp_path: Path) -> None:

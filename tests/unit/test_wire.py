@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpifed.comm.communicator import Communicator
@@ -255,6 +256,34 @@ def test_differences_belong_to_the_part_of_the_round_before_them() -> None:
     ]
     assert second == [Measured("p", "down", [Count(2)] * 2, {})]
     assert reason == "the counter is gone" and others[:2] == ([], [])
+
+
+def test_what_moves_belongs_to_what_was_carried() -> None:
+    """Read after each collective: 3 of a broadcast of two kinds, 5 of a sum, 9 of a gather, twice; what the meter says
+    itself, and what is said before the next round begins, is not in it."""
+    totals = [0, 3, 8, 17, 26, 1000, 1001, 2000, 2001, 2001]
+    readings = [{"a": Count(total), "b": Count()} for total in totals]
+
+    def main(comm: Communicator) -> list[Measured]:
+        meter = Meter(comm, Scripted(*readings))
+        comm.moved = meter.moved
+        meter.skip()
+        comm.broadcast(np.zeros(2), {"p/down/model": 8, "p/down/generator": 8})
+        comm.sum_everywhere(np.zeros(1))
+        for _ in range(2):
+            comm.gather(np.zeros(2, np.uint8), [2, 2], {"p/up/update": 2}, {"p/up/update": 4})
+        first = meter.collect()
+        comm.agree(None)
+        meter.skip()
+        assert meter.collect() == []
+        return first
+
+    first, _ = run_ranks(2, main)
+    assert first == [
+        Measured("p", "down", [Count(3)] * 2, {}, "generator+model"),
+        Measured("", "control", [Count(5)] * 2, {}, "control"),
+        Measured("p", "up", [Count(18)] * 2, {}, "update"),
+    ]
 
 
 def test_threads_of_one_process_have_no_wire() -> None:

@@ -7,17 +7,22 @@ The counters are tried in this order, and the first that every rank can read, an
 3. `infiniband`, then `interface`, where there are several nodes (`mpifed.comm.wire.interface`)
 
 Where none can be read, nothing is measured, and the record says so. Nothing here is computed from payloads.
+
+A counter is read after every collective, and what it moved on belongs to what that carried. Where one message carried
+several kinds, its bytes are those of all of them together, under a joined name, "generator+model": how much of it was
+of which kind no counter says, and it is not worked out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from mpifed.comm.communicator import Communicator
+from mpifed.comm.ledger import JOIN, unlabel
 from mpifed.comm.wire.interface import InfiniBand, Interfaces
 from mpifed.comm.wire.mpi_t import MpiT
 from mpifed.comm.wire.source import Count, Counts, Flows, Source, Unreadable
@@ -46,6 +51,7 @@ class Measured:
     direction: str
     by_rank: list[Count]
     flows: Flows
+    kind: str = ""  # of several kinds of one message, all joined by `JOIN`
 
 
 @dataclass
@@ -60,7 +66,7 @@ class Meter:
     reason: str = ""
     _last: Counts = field(default_factory=dict)
     _unsaid: list[str] = field(default_factory=list)  # names that rank 0 has not been told
-    _intervals: dict[tuple[str, str], dict[str, Count]] = field(default_factory=dict)
+    _intervals: dict[tuple[str, str, str], dict[str, Count]] = field(default_factory=dict)  # phase, direction, kind
     _known: list[list[str]] = field(default_factory=list)  # by rank; at rank 0
 
     @property
@@ -69,14 +75,22 @@ class Meter:
         return NOT_MEASURED if self.source is None or self.reason else self.source.name
 
     def skip(self) -> None:
-        """What was counted since the last reading belongs to no round."""
+        """A round begins: what has been counted since the last was collected belongs to none."""
         self._difference()
+        self._intervals = {}
 
-    def count(self, phase: str, direction: str) -> None:
+    def moved(self, labels: Iterable[str]) -> None:
+        """What was counted since the last reading belongs to the collective that has carried these labels."""
+        if self.source is not None:
+            carried = sorted(unlabel(label) for label in labels)
+            phase, direction, _ = carried[0]  # a message is of one phase and direction
+            self.count(phase, direction, JOIN.join(kind for _, _, kind in carried))
+
+    def count(self, phase: str, direction: str, kind: str = "") -> None:
         """What was counted since the last reading belongs to that part of the round."""
         if self.source is None:
             return
-        totals = self._intervals.setdefault((phase, direction), {})
+        totals = self._intervals.setdefault((phase, direction, kind), {})
         for name, count in self._difference().items():
             totals[name] = totals.get(name, Count()).plus(count)
 
@@ -106,17 +120,20 @@ class Meter:
         if parts is None:
             return []
         self._known = self._known or [[] for _ in parts]
-        by_interval: dict[tuple[str, str], list[dict[str, Count]]] = {}
+        by_interval: dict[tuple[str, str, str], list[dict[str, Count]]] = {}
         for rank, part in enumerate(parts):
             problem, names, intervals = json.loads(part)
             self.reason = self.reason or problem
             self._known[rank] += names
-            for phase, direction, counts in intervals:
-                everyone = by_interval.setdefault((phase, direction), [{} for _ in parts])
+            for phase, direction, kind, counts in intervals:
+                everyone = by_interval.setdefault((phase, direction, kind), [{} for _ in parts])
                 everyone[rank] = {name: Count(*count) for name, count in counts.items()}
         if self.reason:
             return []
-        return [Measured(*interval, *self.source.join(self._known, counts)) for interval, counts in by_interval.items()]
+        return [
+            Measured(phase, direction, *self.source.join(self._known, counts), kind)
+            for (phase, direction, kind), counts in by_interval.items()
+        ]
 
 
 def choose(comm: Communicator, wanted: str, hosts: Sequence[str]) -> Meter:
