@@ -99,7 +99,9 @@ def hosts(count: int, mbit: float) -> Iterator[Hosts]:
     bridge = f"mpf{own}b"
     names = tuple(f"mpifed-{own}-{number}" for number in range(1, count + 1))
     addresses = tuple(f"{subnet}.{number}" for number in range(1, count + 1))
-    shape = ("root", "tbf", "rate", f"{mbit}mbit", "burst", "256kb", "latency", "100ms")
+    shape = ("root", "tbf", "rate", f"{mbit}mbit", "burst", "256kb")
+    # what a host's own full queue drops, TCP counts as sent, and again when it is sent, and not as retransmitted
+    out, back = (*shape, "limit", "32mb"), (*shape, "latency", "100ms")
     try:
         _run("ip", "link", "add", bridge, "type", "bridge")
         _run("ip", "address", "add", f"{subnet}.254/24", "dev", bridge)
@@ -112,8 +114,8 @@ def hosts(count: int, mbit: float) -> Iterator[Hosts]:
             _run("ip", "-netns", name, "address", "add", f"{address}/24", "dev", "eth0")
             for device in ("eth0", "lo"):
                 _run("ip", "-netns", name, "link", "set", device, "up")
-            _run("tc", "-netns", name, "qdisc", "add", "dev", "eth0", *shape)
-            _run("tc", "qdisc", "add", "dev", link, *shape)
+            _run("tc", "-netns", name, "qdisc", "add", "dev", "eth0", *out)
+            _run("tc", "qdisc", "add", "dev", link, *back)
         with tempfile.TemporaryDirectory(prefix="mpifed-hosts-") as folder:
             yield Hosts(names, addresses, _agent(Path(folder), names, addresses, f"{subnet}.254"))
     finally:
