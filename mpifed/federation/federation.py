@@ -64,7 +64,7 @@ class Federation:
         hosts = comm.find_nodes()
         device = agree_on_device(job, comm, hosts)
         share = job.data.share == "auto"
-        sets = [load(comm, hosts, make) if share else on_every_rank(comm, make) for make in _data_sets(job)]
+        sets = [load(comm, make) if share else on_every_rank(comm, make) for make in _data_sets(job)]
         federation: Federation = on_every_rank(comm, lambda: cls._build(job, comm, hosts, device, sets))
         return federation
 
@@ -154,10 +154,10 @@ class Federation:
         source, public = self.source, self.env.public
         if self.algorithm.evaluates != "server" and self._anywhere(not shared(source)):
             everything = np.arange(len(source.test_labels))
-            tests = load(self.comm, self.hosts, lambda: part(source, "test", everything))
+            tests = load(self.comm, lambda: part(source, "test", everything))
             self.test_set = _rows(tests, "train", everything)
         if isinstance(public, Public) and self._anywhere(not public.at_hand):
-            public.share(partial(load, self.comm, self.hosts))
+            public.share(partial(load, self.comm))
 
     def _anywhere(self, lacking: bool) -> bool:
         return self.comm.agree("lacking" if lacking else None) is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -23,13 +23,14 @@ from mpifed.types import DataSpec
 log = logging.getLogger("mpifed")
 
 
-def load(comm: Communicator, hosts: Sequence[str], make: Callable[[], Source]) -> Source:
-    """What `make` returns, on every rank, in one copy a node where that can be: its `shared` is then true.
+def load(comm: Communicator, make: Callable[[], Source]) -> Source:
+    """What `make` returns, on every rank, in one copy a node (`comm.nodes`) where that can be: it is then `shared`.
 
-    `hosts` are the ranks' node names. Where ranks of a node cannot share memory, they make their own copies, and rank 0
-    says why. Raises BadInput, the same on every rank, where `make` does on one.
+    Where ranks of a node cannot share memory, they make their own copies, and rank 0 says why. Raises BadInput, the
+    same on every rank, where `make` does on one.
     """
-    first, several = hosts.index(hosts[comm.rank]), hosts.count(hosts[comm.rank]) > 1
+    node = comm.nodes.group(comm.rank)
+    first, several = node[0], len(node) > 1
     leads = comm.rank == first
     source: Source | None = on_every_rank(comm, make if leads else lambda: None)
     published: Published | None = None
@@ -48,7 +49,7 @@ def load(comm: Communicator, hosts: Sequence[str], make: Callable[[], Source]) -
             source = _attached(said)
         except Unshareable as error:
             problem = str(error)
-    agreed = comm.agree(problem and f"{problem} on {hosts[comm.rank]}")  # by now all have attached who can
+    agreed = comm.agree(problem and f"{problem} on {comm.host()}")  # by now all have attached who can
     if agreed and comm.rank == 0:
         log.info("data.share: ranks of one node keep a copy each of the data set: %s", agreed)
     if published is not None:

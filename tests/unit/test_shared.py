@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,13 @@ def photographs() -> ArraySource:
     return ArraySource(DataSpec((2, 1, 1), 2, (0.1, 0.2), (0.5, 0.6)), x[:40], y[:40], x[40:], y[40:], np.arange(40))
 
 
-HOSTS = ["a", "b", "a", "c", "b"]
+HOSTS = "abacb"
+
+
+def read_by(comm: Communicator, make: Callable[[], Source]) -> Source:
+    """`load` on ranks that have found out who shares a node with whom."""
+    comm.find_nodes()
+    return load(comm, make)
 
 
 def test_it_is_read_once_a_node() -> None:
@@ -122,10 +129,10 @@ def test_it_is_read_once_a_node() -> None:
             read.append(comm.rank)
             return photographs()
 
-        return load(comm, HOSTS, make)
+        return read_by(comm, make)
 
     expected = photographs()
-    for source, host in zip(run_ranks(5, main), HOSTS, strict=True):
+    for source, host in zip(run_ranks(5, main, HOSTS), HOSTS, strict=True):
         assert isinstance(source, ArraySource) and source.spec == expected.spec
         for name, array in expected.arrays().items():
             assert np.array_equal(getattr(source, name), array) and getattr(source, name).dtype == array.dtype
@@ -142,7 +149,7 @@ def test_where_a_rank_sees_no_shared_memory_it_makes_its_own(
     """Every rank but the first of b is as if in another container: it finds nobody under that number."""
     caplog.set_level("INFO")
     monkeypatch.setattr(loading, "attach", lambda where: attach(where | {"pid": 2**22 + 1}))
-    sources = run_ranks(5, lambda comm: load(comm, HOSTS, photographs))
+    sources = run_ranks(5, lambda comm: read_by(comm, photographs), HOSTS)
     expected = photographs()
     for source in sources:
         assert isinstance(source, ArraySource) and not source.shared
@@ -157,7 +164,7 @@ def test_where_there_is_no_such_memory_every_rank_makes_its_own(
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.delattr(os, "memfd_create")
-    sources: list[Any] = run_ranks(3, lambda comm: load(comm, ["a", "a", "a"], photographs))
+    sources: list[Any] = run_ranks(3, lambda comm: read_by(comm, photographs), "aaa")
     assert [source.shared for source in sources] == [False] * 3
     assert len(caplog.messages) == 1 and "no anonymous shared memory" in caplog.messages[0]
 
@@ -171,21 +178,21 @@ def test_a_set_that_a_node_cannot_read_is_an_error_on_every_rank(bad: int) -> No
             return photographs()
 
         with pytest.raises(BadInput) as error:
-            load(comm, HOSTS, make)
+            read_by(comm, make)
         return str(error.value)
 
-    assert run_ranks(5, main) == [f"data.root: rank {bad} finds nothing"] * 5
+    assert run_ranks(5, main, HOSTS) == [f"data.root: rank {bad} finds nothing"] * 5
 
 
 def test_a_set_that_is_mapped_stays_so_and_one_that_holds_little_is_made_on_every_rank(tmp_path: Path) -> None:
     write_idx(tmp_path, "MNIST/raw", "train", "t10k")
-    mapped: list[Any] = run_ranks(3, lambda comm: load(comm, ["a", "a", "b"], lambda: mnist(root=str(tmp_path))))
+    mapped: list[Any] = run_ranks(3, lambda comm: read_by(comm, lambda: mnist(root=str(tmp_path))), "aab")
     assert [(type(source.train_samples), source.shared) for source in mapped] == [
         (np.memmap, True),
         (np.memmap, True),
         (np.memmap, False),
     ]
-    made: list[Any] = run_ranks(2, lambda comm: load(comm, ["a", "a"], lambda: Synthetic(samples=20)))
+    made: list[Any] = run_ranks(2, lambda comm: read_by(comm, lambda: Synthetic(samples=20)), "aa")
     assert all(type(source) is Synthetic for source in made)
 
 
@@ -254,9 +261,9 @@ def test_who_writes_into_the_labels_is_told() -> None:
     job = job_of({"name": "fedavg"}, data=OWN | {"partition": {"name": f"{HERE}:careless"}})
 
     def main(comm: Communicator) -> str:
-        source = load(comm, ["a", "a"], job.data.make)
+        source = read_by(comm, job.data.make)
         with pytest.raises(ValueError, match="read-only") as error:
             job.data.partition.target(source.train_labels, 5, np.random.default_rng(), source.test_labels)
         return str(error.value)
 
-    assert run_ranks(2, main) == ["assignment destination is read-only"] * 2
+    assert run_ranks(2, main, "aa") == ["assignment destination is read-only"] * 2
