@@ -32,7 +32,8 @@ OF_A_NODE = (
     Isolated("slurm", "mpifed.doctor.slurm:slurm", 60, "Slurm's controller hangs; ask its administrators"),
 )
 TWO_RANKS = Isolated("two ranks", "mpifed.doctor.mpi:hello", 60, LAUNCHER)
-EVERYONE = Isolated("ranks", "mpifed.doctor.world:everyone", 120, LAUNCHER)
+EVERYONE = Isolated("ranks", "mpifed.doctor.world:everyone", 120 + max(check.seconds for check in OF_A_NODE), LAUNCHER)
+"""Other nodes may still be looking at themselves."""
 
 
 def main(argv: Sequence[str]) -> int:

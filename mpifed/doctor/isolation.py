@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ class Running:
         inherit: bool = False,
     ) -> None:
         self._check, self._given, self._process = check, given, None
+        self._deadline = time.monotonic() + check.seconds
         try:
             self._process = subprocess.Popen(
                 command,
@@ -69,7 +71,8 @@ class Running:
         if self._process is None:
             return [error(check.name, self._failed, check.hangs)]
         try:
-            printed, errors = self._process.communicate(self._given, check.seconds)
+            left = max(0.0, self._deadline - time.monotonic())
+            printed, errors = self._process.communicate(self._given, left)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
