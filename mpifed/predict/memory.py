@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpifed.comm.collection import SLICE_BYTES
+from mpifed.data.source import ArraySource, Source
+from mpifed.federation.federation import Federation
 from mpifed.predict.bytes import Exchange, Planner, declared_elements
 from mpifed.predict.compute import Compute
 
@@ -27,21 +29,14 @@ def memory(planner: Planner, exchanges: list[Exchange], compute: Compute | None,
     # without a trial: parameters, gradient, initial values and one more copy, of every architecture
     workspace = compute.workspace if compute is not None else 4 * parameters * max(1, job.architectures)
     usual = planner.usual_clients()
-    source = federation.source
-    assert source is not None
-    sample = int(source.take("train", np.arange(1))[0].nbytes) + 8
     indices = 8 * sum(federation.roster.examples) + 200 * federation.clients
-    home = federation.roster.deal(range(federation.clients)).by_rank
-    hosted = [sum(federation.roster.examples[client] for client in mine) for mine in home]
-    if not federation.roster.fixed:  # any rank may train any client
-        hosted = [sum(federation.roster.examples)] * planner.ranks
     state = compute.client_state if compute is not None else 0
 
     def of(rank: int) -> dict[str, int]:
         held = {
             "process": process,
             "models and batches": workspace,
-            "samples": sample * hosted[rank] if rank or planner.ranks == 1 or not federation.roster.fixed else 0,
+            "samples": _samples(federation, rank),
             "who holds what": indices,
             "client states": min(job.client_state_mb * 1_000_000, state * int(usual[rank])),
             "download": max((_download(exchange) for exchange in exchanges), default=0),
@@ -54,6 +49,22 @@ def memory(planner: Planner, exchanges: list[Exchange], compute: Compute | None,
 
     most = max(range(planner.ranks), key=lambda rank: (int(usual[rank]), rank))
     return Memory(of(0), of(most))
+
+
+def _samples(federation: Federation, rank: int) -> int:
+    """A set in arrays, of which a node has one copy, whole; of another a rank keeps its clients', where these stay."""
+    source = federation.source
+    assert source is not None
+    sample = int(source.take("train", np.arange(1))[0].nbytes) + 8
+    whole: Source = source
+    while not isinstance(whole, ArraySource) and hasattr(whole, "_source"):
+        whole = whole._source  # of which this is a part
+    if isinstance(whole, ArraySource):
+        return sample * len(whole.train_labels)
+    if not federation.roster.fixed:
+        return 8 * len(source.train_labels)
+    mine = federation.roster.deal(range(federation.clients)).by_rank[rank]
+    return sample * sum(federation.roster.examples[client] for client in mine)
 
 
 def _download(exchange: Exchange) -> int:

@@ -16,6 +16,8 @@ from mpifed.predict.units import size
 from mpifed.progress import duration
 from mpifed.report.layout import aligned
 
+NO_SECONDS = "seconds are not predicted: give --bandwidth and --latency of the network, or --probe FILE, and no --bytes"
+
 TIMED_ROUNDS = 64
 """Of longer runs so many rounds, evenly spread, are followed in time, and stand for the others."""
 
@@ -97,7 +99,7 @@ class Prediction:
         held.append(("all", *(size(sum(of.values())) for of in both)))
         lines += aligned([("memory", "rank 0", "most of the others"), *held], (0,))
         if self.seconds is None:
-            return "\n".join(lines) + "\n\nseconds: give --bandwidth and --latency of the network, or --probe FILE\n"
+            return "\n".join([*lines, "", NO_SECONDS]) + "\n"
         parts = {name: getattr(self.seconds, name) for name in PARTS}
         times = [(name, f"{spent:,.3f}", f"{spent / self.rounds:,.4f}") for name, spent in parts.items()]
         lines += ["", *aligned([("seconds", "all rounds", "a round"), *times], (0,)), ""]
