@@ -3,7 +3,7 @@
 usage:  python -m benchmarks.scale [--clients 10 100 ...] [--systems FedAvg ...] [--seconds S]
 
 Each row is what `mpifed predict` says of the job that `job` below puts together (`--show` prints the commands). A
-system is tried out once, with 100 clients, on this machine: seconds are those of nodes whose cores are as fast as these.
+system is tried out once, with 100 clients, on this machine: seconds are those of nodes with cores as fast as these.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mpifed.job import Job
     from mpifed.predict.compute import Compute
     from mpifed.predict.measured import Probe
+    from mpifed.predict.prediction import Prediction
     from mpifed.predict.timeline import Network
 
 SAME_WORK = ("algorithm", "model", "client_models", "local", "codec", "transfer", "device", "threads")
@@ -50,10 +51,20 @@ def main(argv: Sequence[str]) -> int:
     prediction = predict(federation, compute, network, cores, process)
     say(prediction.to_json() if arguments.json else prediction.text(), sys.stdout)
     if arguments.save:
-        from mpifed.storage.run_folder import RunFolder
-
-        RunFolder.open(arguments.save).write_prediction(prediction.values())
+        _save(arguments.save, job, prediction)
     return COMPLETE
+
+
+def _save(path: str, job: Job, prediction: Prediction) -> None:
+    """Into a run's folder. Raises BadInput where it is that of another job."""
+    from mpifed.job import load
+    from mpifed.storage.run_folder import RunFolder
+
+    folder = RunFolder.open(path)
+    ran = load(folder.job.read_text(encoding="utf-8"), [], str(folder.job))
+    if (ran.sha256, ran.rounds) != (job.sha256, job.rounds):
+        raise BadInput(f"--save: {path} is a run of another job; predict {folder.job}")
+    folder.write_prediction(prediction.values())
 
 
 def hosts(ranks: int, nodes: int) -> list[str]:
