@@ -153,9 +153,9 @@ class Sweep:
 
     # --- what is required of every case -------------------------------------------------------------------------------
     @contextlib.contextmanager
-    def case(self, name: str) -> Iterator[tuple[Result, Path]]:
+    def case(self, name: str, result: Result | None = None) -> Iterator[tuple[Result, Path]]:
         """One case: a miss is written down, with the folder in which it can be looked at; the sweep goes on."""
-        result, folder = Result(name), self.folder / name.replace(" ", "_").replace(":", "_")
+        result, folder = result or Result(name), self.folder / name.replace(" ", "_").replace(":", "_")
         started = time.monotonic()
         try:
             yield result, folder

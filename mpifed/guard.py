@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from mpifed.comm.communicator import Communicator
+from mpifed.comm.communicator import Communicator, RanksDied
 from mpifed.errors import UNEXPECTED, MpifedError
 from mpifed.output import say
 
@@ -42,7 +42,7 @@ def guarded(comm: Communicator, main: Callable[[], int]) -> int:
 
     threading.excepthook = thread_failed
     try:
-        return main()
+        return _or_ended_by_a_death(comm, main)
     except MpifedError as error:
         if not comm.meet(_TOGETHER):
             end_job(comm, error.exit_code, f"mpifed: rank {comm.rank}: {error}")
@@ -52,6 +52,20 @@ def guarded(comm: Communicator, main: Callable[[], int]) -> int:
     except BaseException:  # SystemExit too: a rank that leaves by itself would leave the others waiting
         end_job(comm, UNEXPECTED, f"mpifed: an error on rank {comm.rank} ends the job\n{traceback.format_exc()}")
         return UNEXPECTED
+
+
+def _or_ended_by_a_death(comm: Communicator, main: Callable[[], int]) -> int:
+    """`main()`'s exit code. Where ranks die that it cannot do without, the others end together."""
+    try:
+        return main()
+    except RanksDied:
+        died = comm.regroup()
+    raise MpifedError(f"{named(died)} died; the job ends (--resume goes on, from the last checkpoint)")
+
+
+def named(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 3 and 5`."""
+    return f"rank{'s' * (len(ranks) > 1)} {' and '.join(map(str, ranks))}"
 
 
 class Watchdog:
@@ -73,15 +87,18 @@ class Watchdog:
     def waiting(self, begins: bool) -> None:
         """Called by the communicator when it begins to wait, and when it goes on."""
         if begins:
-            self._deadline = None
-            faulthandler.cancel_dump_traceback_later()
+            self.stop()
         else:
             self._deadline = time.monotonic() + self._limit
-            faulthandler.dump_traceback_later(self._limit + _LAST_RESORT, exit=True)
+            faulthandler.dump_traceback_later(self._limit + _LAST_RESORT, exit=not self._comm.survives)
+            if self._comm.survives:  # the others notice a death by a signal only
+                signal.setitimer(signal.ITIMER_REAL, self._limit + _LAST_RESORT + 1)
 
     def stop(self) -> None:
         self._deadline = None
         faulthandler.cancel_dump_traceback_later()
+        if self._comm.survives:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _watch(self) -> None:
         while True:
@@ -94,7 +111,8 @@ class Watchdog:
                     sys.stderr,
                 )
                 faulthandler.dump_traceback(all_threads=True)
-                end_job(self._comm, UNEXPECTED, f"mpifed: rank {self._comm.rank} hangs, the job ends")
+                then = "is ended" if self._comm.survives else "hangs, the job ends"
+                end_job(self._comm, UNEXPECTED, f"mpifed: rank {self._comm.rank} {then}")
 
 
 class Deadline:

@@ -31,6 +31,7 @@ UNHASHED = (
     "share_gpus",
     "turns",
     "round_timeout",
+    "on_rank_death",
     "time_limit",
     "client_state_mb",
     "measure_wire",
@@ -496,6 +497,11 @@ class Job(_Table):
     share_gpus: bool = Field(default=False, description="Whether several ranks may use one GPU.")
     round_timeout: float = Field(
         default=3600.0, gt=0, description="Seconds after which a round counts as hung and the run ends."
+    )
+    on_rank_death: Literal["abort", "shrink"] = Field(
+        default="abort",
+        description="`abort`: the run ends, to be resumed; `shrink`: the others go on from the last checkpoint, with"
+        " Open MPI 5 under `mpirun --with-ft ulfm` (docs/reliability.md).",
     )
     time_limit: float = Field(
         default=0.0,

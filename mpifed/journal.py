@@ -16,14 +16,15 @@ from mpifed.storage.summary import summarise
 class Journal:
     """The progress of a run on standard output, and its files in the run folder; at rank 0 alone."""
 
-    def __init__(self, engine: Engine, folder: RunFolder, started: str) -> None:
+    def __init__(self, engine: Engine, folder: RunFolder, started: str, heading: bool = True) -> None:
         self._engine = engine
         self._federation = engine.federation
         self._folder = folder
         self._started = started
         rows = [row for row in engine.records.rows if "open" not in row]
         folder.truncate_metrics(rows)
-        self._print_heading()
+        if heading:
+            self._print_heading()
         self._progress = Progress(self._federation.job.rounds, sys.stdout, start_round=engine.round, earlier_rows=rows)
         engine.row_done = self._row_done
 
@@ -102,6 +103,7 @@ class Journal:
             metrics_rows=rows,
             bytes_by_kind=records.ledger.by_kind(),
             resumed=records.resumed,
+            deaths=records.deaths,
             complete=finished,
         )
         self._folder.write_summary(summary)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from mpifed.comm.collection import Sizes
 from mpifed.comm.ledger import Entry, Ledger, WireLedger, unlabel
 from mpifed.comm.wire.meter import NOT_MEASURED, Measured
+from mpifed.errors import CheckpointError
 from mpifed.federation.roster import Assignment
 
 ACTIVITIES = ("train", "wait", "communicate", "evaluate", "server")
@@ -55,6 +57,7 @@ class Records:
     wire: WireLedger = field(default_factory=WireLedger)
     rank_times: list[list[Any]] = field(default_factory=list)  # round, rank, and seconds as in `ACTIVITIES`
     resumed: int = 0
+    deaths: list[dict[str, Any]] = field(default_factory=list)  # of ranks that the others outlived
 
     def to_bytes(self) -> dict[str, bytes]:
         """JSON by name, for a checkpoint."""
@@ -64,6 +67,7 @@ class Records:
             "wire": self.wire.rows(),
             "rank_times": self.rank_times,
             "resumed": self.resumed,
+            "deaths": self.deaths,
         }
         return {name: json.dumps(value).encode() for name, value in values.items()}
 
@@ -72,7 +76,10 @@ class Records:
         """The records of a checkpoint, of a run that is resumed once more; `read(name)` gives what `to_bytes` gave."""
         names = ("rows", "ledger", "wire", "rank_times", "resumed")
         rows, ledger, wire, times, resumed = (json.loads(read(name)) for name in names)
-        return cls(rows, Ledger.from_rows(ledger), WireLedger.from_rows(wire), times, resumed + 1)
+        deaths = []
+        with suppress(CheckpointError):  # one of an earlier version has none
+            deaths = json.loads(read("deaths"))
+        return cls(rows, Ledger.from_rows(ledger), WireLedger.from_rows(wire), times, resumed + 1, deaths)
 
     def add_round(
         self,

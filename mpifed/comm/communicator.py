@@ -49,6 +49,10 @@ class Traffic:
         return taken
 
 
+class RanksDied(Exception):
+    """Some ranks have died, and those that live all know; `Communicator.regroup` goes on without the dead."""
+
+
 class Communicator(ABC):
     """Ranks `0 .. size-1` that call the same collectives in the same order."""
 
@@ -64,9 +68,14 @@ class Communicator(ABC):
     peers: relay.Peers
     """Messages from rank to rank, for routes."""
 
+    survives = False
+    """Whether a rank's death ends neither the job nor the others: every collective may raise `RanksDied`."""
+
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+        self.launched = list(range(size))
+        """The numbers that the launcher gave the ranks."""
         self.traffic = Traffic()
         self.waiting: Callable[[bool], None] = lambda begins: None
         """Called with True when this rank begins to wait for others, and with False when it goes on."""
@@ -126,6 +135,25 @@ class Communicator(ABC):
     @property
     def _piece(self) -> int:
         return min(self.piece_bytes, self.chunk_bytes)
+
+    # --- the death of ranks (`mpifed.comm.ulfm`) ----------------------------------------------------------------------
+    def check(self) -> None:  # noqa: B027  (elsewhere there is nothing to know)
+        """Raise `RanksDied` where this rank can know of it without waiting."""
+
+    def finish(self) -> None:
+        """Return when every rank has come here with nothing left to do; on all of them, or `RanksDied` on all."""
+        self.barrier()
+
+    def regroup(self) -> list[int]:
+        """After `RanksDied`, on every rank that lives: this communicator becomes one of those ranks, in their order.
+
+        Returns the dead by the numbers that the launcher gave them. Where a rank ends the job meanwhile, so does this.
+        """
+        raise NotImplementedError(f"{self.library()} does not go on without a rank")
+
+    def leave(self, code: int) -> int:
+        """To be returned by the process, the last that a rank asks of this; or the end of the process, with `code`."""
+        return code
 
     # --- collectives --------------------------------------------------------------------------------------------------
     def broadcast(self, buffer: Buffer, kinds: Kinds, route: Route = "library") -> None:

@@ -29,6 +29,9 @@ AT_FIRST = 0.25
 REDUCED_BYTES = 4 << 20
 """Bytes that one blocking reduction adds: longer ones leave the caches (three times slower with MPICH)."""
 
+_FAULT_TOLERANT = "OMPI_MCA_mpi_ft_enable"
+"""Set to 1 by `mpirun --with-ft ulfm`."""
+
 
 class Mpi(Communicator):
     """A duplicate of `MPI.COMM_WORLD`, on which only mpifed talks."""
@@ -113,6 +116,21 @@ class _Peers:
         self._mpi._finish(request)
 
 
+def _of_all_ranks() -> Mpi:
+    """One that survives dead ranks, where the launcher and the MPI library do."""
+    from mpi4py import MPI
+
+    if os.environ.get(_FAULT_TOLERANT) == "1":
+        try:
+            MPI.COMM_SELF.Dup().Revoke()
+        except (NotImplementedError, MPI.Exception):
+            return Mpi()
+        from mpifed.comm.ulfm import Ulfm
+
+        return Ulfm()
+    return Mpi()
+
+
 def world() -> Communicator:
     """The communicator of this process: MPI, or one rank without MPI where no MPI library is installed.
 
@@ -120,7 +138,7 @@ def world() -> Communicator:
     """
     several = {name: size for name, size in sizes(os.environ).items() if size > 1}
     try:
-        comm: Communicator = Mpi()
+        comm: Communicator = _of_all_ranks()
     except (ImportError, RuntimeError) as error:
         if several:
             reason = " ".join(str(error).split())  # mpi4py's is of several lines

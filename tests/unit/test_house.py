@@ -33,7 +33,7 @@ ALGORITHMS_MAY_IMPORT = ("mpifed.algorithms", "mpifed.types", "mpifed.learning",
 REPORT_NEVER_REACHES = ("mpifed.engine", "mpifed.journal", "mpifed.comm", "mpifed.algorithms", "torch", "mpi4py")
 ENGINE = ("mpifed.engine", "mpifed.journal")
 """The round loop, and what rank 0 shows and writes of it: the top of the house."""
-ENGINE_USERS = ("mpifed.run", "mpifed.__main__", "mpifed.export", "mpifed.predict.trial")
+ENGINE_USERS = ("mpifed.run", "mpifed.survival", "mpifed.__main__", "mpifed.export", "mpifed.predict.trial")
 PICKLERS = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
 PICKLED_MPI_CALLS = {"send", "ssend", "bsend", "isend", "issend", "ibsend", "recv", "irecv", "sendrecv"} | {
     "mprobe", "improbe", "bcast", "gather", "scatter", "allgather", "alltoall", "reduce", "allreduce", "scan", "exscan",

@@ -496,6 +496,7 @@ UNHASHED_CHANGES = [
     "measure_wire=off",
     "collectives=flat",
     "round_timeout=5",
+    "on_rank_death=shrink",
     "time_limit=5",
     "client_state_mb=1",
     "checkpoint.every_rounds=9",

@@ -225,6 +225,7 @@ def test_summary_by_hand() -> None:
         },
         "absent": [{"round": 2, "client": 4, "reason": "non-finite update"}],
         "resumed": 1,
+        "deaths": [],
         "job_sha256": "j",
     }
 
@@ -398,3 +399,20 @@ def test_the_dispatcher_helps_and_refuses(tmp_path: Path, capsys: pytest.Capture
     assert mpifed_main(["report", str(tmp_path)]) == BAD_INPUT
     assert capsys.readouterr().err.count("\n") == 1
     assert mpifed_main(["export", str(tmp_path)]) == BAD_INPUT
+
+
+def test_a_folder_is_occupied_by_one_run(tmp_path: Path) -> None:
+    """Twice by the same one, as after the death of ranks."""
+    folder = RunFolder.create(tmp_path / "run", "")
+    assert not folder.occupied
+    folder.occupy()
+    folder.occupy()
+    assert RunFolder(folder.path).occupied
+    with pytest.raises(BadInput, match="another run is going on"):
+        RunFolder(folder.path).occupy()
+
+
+def test_what_is_left_of_a_folder_that_was_not_made_is_discarded(tmp_path: Path) -> None:
+    (tmp_path / "job.toml.tmp").write_text("rou")
+    RunFolder(tmp_path).discard_draft()
+    assert RunFolder.create(tmp_path, "rounds = 1").job.read_text() == "rounds = 1"

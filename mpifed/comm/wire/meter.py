@@ -143,6 +143,8 @@ def choose(comm: Communicator, wanted: str, hosts: Sequence[str]) -> Meter:
     """
     if wanted == "off":
         return Meter(comm, reason="measure_wire is off")
+    if comm.survives and not comm.handle:
+        return Meter(comm, reason="ranks have died, and what counts their messages counts by the ranks of the launcher")
     if comm.size == 1 or not comm.handle:
         return Meter(comm, reason="everything is in one process")
     reasons = []
