@@ -17,7 +17,7 @@ say() { printf '[%(%F %T)T] %s\n' -1 "$*"; }
 # --- what and where: a task of an array by its own name, for the number of its job may stand for the whole array
 id=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 ranks=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}
-out=runs/slurm-$id sweep='' resume='' name=''
+out=runs/slurm-$id sweep='' resume='' name='' before=''
 for argument in "$@"; do
     case $argument in
         sweep) sweep=yes ;;
@@ -25,7 +25,11 @@ for argument in "$@"; do
         out=*) out=${argument#out=} ;;
         *.toml) name=$(basename "$argument" .toml) ;;
     esac
+    [ "$before" = --resume ] && out=$argument
+    before=$argument
 done
+newest() { find "$out/checkpoints" -name 'round_*[0-9]' -printf '%f\n' 2>/dev/null | sort | tail -n 1; }
+saved=$(newest)
 
 # --- srun where it speaks what the MPI library understands, else mpirun; MPIFED_LAUNCHER=mpirun or srun decides
 library=$(mpirun --version 2>&1)
@@ -107,14 +111,28 @@ if [ -z "$asked" ]; then
 fi
 [ -n "$mps" ] && kill $mps
 
-# --- the end, or a requeue, asked for once; and not where Slurm is ending the job (scancel, a requeue of its own)
+# --- the end, or a requeue, asked for once; and not where Slurm is ending the job (scancel, a requeue of its own).
+# After a death where that may help: with a new checkpoint, which ends as rounds do, or else the first three times.
 state=$(squeue --noheader --jobs="$id" --format=%T)
-if [ $code -ne 75 ]; then
+why=''
+case $code in
+    75) why='left before its end (exit code 75)' ;;
+    0) # as mpirun may return when a node is lost; a sweep looks for itself
+        if [ -z "$sweep" ] && [ -f "$out/job.toml" ] && ! grep -qs '"complete": true' "$out/summary.json"; then
+            code=1 why='exit code 0, but the run is not complete'
+        fi
+        ;;
+    2 | 3 | 4) ;;
+    *) why="died (exit code $code)" ;;
+esac
+if [ -z "$why" ]; then
     say "ended with exit code $code"
-elif [ "$state" = RUNNING ]; then
-    say "left before its end (exit code 75): asking for a requeue"
-    scontrol requeue "$id"
+elif [ "$state" != RUNNING ]; then
+    say "$why; Slurm is ending the job ($state), so no requeue is asked for"
+elif [ $code -ne 75 ] && [ "$(newest)" = "$saved" ] && [ "${SLURM_RESTART_COUNT:-0}" -ge "${MPIFED_RESTARTS:-3}" ]; then
+    say "$why; ${SLURM_RESTART_COUNT:-0} restarts, and this start saved nothing new: no requeue is asked for"
 else
-    say "left before its end (exit code 75); Slurm is ending the job ($state), so no requeue is asked for"
+    say "$why: asking for a requeue"
+    scontrol requeue "$id"
 fi
 exit $code

@@ -55,6 +55,13 @@ class Submitted:
             assert alive, f"{self.rounds()} rounds: {fields}\n{self.text()}\n{self.cluster.logs()}"
             time.sleep(0.1)
 
+    def until_said(self, text: str, seconds: float = START_S) -> None:
+        """Wait until the job has printed that."""
+        deadline = time.monotonic() + seconds
+        while text not in self.text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert text in self.text(), f"{self.text()}\n{self.cluster.logs()}"
+
     def text(self) -> str:
         """What the job has printed, over all its starts."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""

@@ -89,6 +89,18 @@ def test_whatever_interrupts_a_run_it_goes_on_and_is_the_same(site: Site) -> Non
     job.check_equal(site.undisturbed, starts=5)
 
 
+def test_a_dead_rank_is_requeued_and_a_crash_loop_is_not(site: Site) -> None:
+    """Every start dies in round 2, the first after a checkpoint, the second after none; one restart is allowed."""
+    job = site.sbatch(
+        "cpu.sbatch", options=NODES, MPIFED_LAUNCHER="mpirun", MPIFED_FAILPOINT="client.after:2:1", MPIFED_RESTARTS="1"
+    )
+    job.until_said("): asking for a requeue")
+    assert "died (exit code " in job.text()
+    job.go_on()
+    assert job.wait("FAILED")["Restarts"] == "1"
+    assert "1 restarts, and this start saved nothing new: no requeue is asked for" in job.text()
+
+
 def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
     """Ranks that are sent TERM leave with a checkpoint, but nobody asks for a requeue."""
     job = site.sbatch("cpu.sbatch", pace=SLOW)
