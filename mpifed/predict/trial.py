@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpifed.comm.collection import Received
 from mpifed.comm.inprocess import InProcess
 from mpifed.engine import Engine
@@ -67,6 +69,7 @@ class _Timed:
     """Seconds of what a phase's functions took: (round, phase, client or replies, seconds)."""
 
     replies: int  # of a round of the job
+    device: torch.device
     client: list[tuple[int, str, int, float]] = field(default_factory=list)
     server: list[tuple[int, str, int, float]] = field(default_factory=list)
 
@@ -74,18 +77,25 @@ class _Timed:
         def client(state: Any, down: Any, ctx: Any) -> Any:
             started = time.perf_counter()
             answer = phase.client(state, down, ctx)
+            self._finish()
             self.client.append((ctx.round, phase.name, ctx.id, time.perf_counter() - started))
             return answer
 
         def server(state: Any, uploads: Any, round_: int) -> Any:
             started = time.perf_counter()
             after = phase.server(state, uploads, round_)
+            self._finish()
             self.server.append((round_, phase.name, len(uploads.clients), time.perf_counter() - started))
             if round_ > 1 and len(uploads.clients) > 1 and self.replies > len(uploads.clients):
                 self._with_more(phase, state, uploads, round_)
             return after
 
         return replace(phase, client=client, server=server)
+
+    def _finish(self) -> None:
+        """A GPU works on when a function returns."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _with_more(self, phase: Any, state: Any, uploads: Received, round_: int) -> None:
         """The server's step once more, with as many replies as a round brings; what it makes of them is dropped."""
@@ -98,6 +108,7 @@ class _Timed:
         started = time.perf_counter()
         try:
             phase.server(state, more, round_)
+            self._finish()
         except Exception:  # what no client ever sent may be refused; then the replies that there were have to do
             return
         self.server.append((round_, phase.name, replies, time.perf_counter() - started))
@@ -111,7 +122,7 @@ def try_out(job: Job, seconds: float = SECONDS) -> Compute:
     document["checkpoint"] |= {"every_rounds": 0, "every_seconds": 0.0}
     alone = Federation.build(Job.from_canonical(json.dumps(document)), InProcess.alone())
     chosen, stop = choose(alone.roster.examples, max(1, len(job.client_models))), StopSignal()
-    timed = _Timed(len(alone.roster.sample(1)))
+    timed = _Timed(len(alone.roster.sample(1)), alone.env.device)
     alone.roster = _Chosen(alone.roster, chosen, stop, seconds)
     before = resident()
     with tempfile.TemporaryDirectory(prefix="mpifed-trial-") as folder:

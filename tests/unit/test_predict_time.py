@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpifed.comm.collection import SLICE_BYTES
 from mpifed.comm.inprocess import InProcess, run_ranks
 from mpifed.errors import BadInput
 from mpifed.federation.federation import Federation
@@ -225,6 +226,29 @@ def test_long_runs_are_followed_in_some_rounds() -> None:
     assert found.seconds.total == pytest.approx(1000 * found.later_rounds)
     assert found.first_round == pytest.approx(found.later_rounds)
     assert found.node_hours == pytest.approx((found.seconds.total + found.seconds.checkpoint) / 3600)
+
+
+def test_memory_by_hand() -> None:
+    """FedAvg, 3 of 5 clients on three ranks: 30 parameters and 6 statistics, 144 bytes down and up.
+
+    A rank of two clients keeps both replies; rank 0 none, but the sums of 30 and 6 in float64 and as a result, a slice
+    for each, and its state twice. Samples are made when they are wanted, as clients are dealt anew: labels are kept.
+    """
+    federation = Federation.planned(job_of({"name": "fedavg"}), hosts(3, 1))
+    compute = replace(COMPUTE, workspace=1000, server_state=10)
+    found = predict(federation, compute, Second(), Cores(hosts(3, 1), 2), process=5000).memory
+    common = {"process": 5000, "models and batches": 1000, "samples": 8 * 120, "who holds what": 8 * 120 + 200 * 5}
+    common |= {"client states": 0, "download": 2 * 144}
+    summed = 12 * 36 + 2 * SLICE_BYTES
+    assert found.root == common | {"replies until collected": 0, "server state": 20, "collected replies": summed}
+    assert found.rank == common | {"replies until collected": 2 * 144}
+
+
+def test_single_replies_are_all_at_rank_0() -> None:
+    """FedFTG wants every model: 3 of 120 bytes; the statistics are added."""
+    federation = Federation.planned(job_of(next(row for row in ROWS if row.id == "fedftg")), hosts(3, 1))
+    held = predict(federation, COMPUTE, Second(), Cores(hosts(3, 1), 2)).memory.root["collected replies"]
+    assert held >= 3 * 120 and held < 3 * 120 + 3 * 24 + 3 * 12 + 12 * 36 + 2 * SLICE_BYTES + 1
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
