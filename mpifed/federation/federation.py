@@ -89,6 +89,12 @@ class Federation:
             partition = Partition((everything,) * job.architectures)
         if public is not None and job.data.public_classes == "union":
             source = Relabelled(source, public.classes)
+        elif public is not None and _learns_from(job) and public.classes > source.spec.classes:
+            raise BadInput(
+                f"transfer.public_epochs: the public set has {public.classes} classes and the private one "
+                f"{source.spec.classes}, so that models have no output for all public labels; set "
+                'data.public_classes = "union", or transfer.public_epochs = 0'
+            )
         env = RunEnv(job, source.spec, len(partition.train), device, public)
         _check_names(job, algorithm, env)
         for table in ("codec", "collectives"):
@@ -223,6 +229,11 @@ def agree_on_device(job: Job, comm: Communicator, hosts: Sequence[str]) -> torch
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def _learns_from(job: Job) -> bool:
+    """Whether the labels of the public set are learnt from, and not its samples alone."""
+    return job.transfer is not None and job.transfer.public_epochs > 0
 
 
 def _check_names(job: Job, algorithm: Algorithm, env: RunEnv) -> None:

@@ -101,6 +101,15 @@ def test_a_public_set_that_does_not_fit(keys: dict[str, Any], message: str) -> N
         build(data=data(**keys))
 
 
+def test_labels_that_are_learnt_need_an_output() -> None:
+    """Seven public classes beside three private ones: their labels are refused, the samples alone are not."""
+    keys = {"public": SYNTHETIC | {"classes": 7}}
+    with pytest.raises(BadInput, match=r"transfer.public_epochs: the public set has 7 classes and the private one 3"):
+        build(data=data(**keys), transfer={"public_epochs": 1})
+    for allowed in ({"transfer": {"public_epochs": 0}}, {"data": data(**keys, public_classes="union")}):
+        build(**({"data": data(**keys), "transfer": {"public_epochs": 1}} | allowed))
+
+
 @dataclass(frozen=True)
 class NeedsPublic(FedAvg):
     needs_public: ClassVar[bool] = True
