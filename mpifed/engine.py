@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from mpifed.algorithms.base import Absent, Ensemble, Phase, Reply
 from mpifed.comm.collection import Outgoing, Sizes
 from mpifed.comm.communicator import CONTROL, Communicator
 from mpifed.comm.exchange import Exchange
+from mpifed.comm.summation import peak
 from mpifed.comm.wire.meter import Meter, choose
 from mpifed.errors import TooFewReplies
 from mpifed.failpoints import reach
@@ -285,6 +287,7 @@ class Engine:
         ctx = Context(env, client, round_, phase.name, samples, mean, self.job.local, test)
         given = [*down.items(), *leaves(state)]
         versions = [tensor._version for _, tensor in given]
+        before = state
         state, answer = phase.client(state, down, ctx)
         changed = [name for (name, tensor), version in zip(given, versions, strict=True) if tensor._version != version]
         if changed:
@@ -292,6 +295,8 @@ class Engine:
         if state and not federation.roster.fixed:
             raise TypeError(f"{type(self.algorithm).__name__} keeps client states, but does not say `stateful = True`")
         state = map_state(ctx.owned, state)
+        if (broken := _diverged(state)) and not _diverged(before):
+            raise ValueError(f"non-finite '{broken}' in the new state")
         if isinstance(answer, Reply):
             answer = Reply({name: ctx.owned(tensor) for name, tensor in answer.upload.items()}, answer.weight)
         if tests and last and self._evaluation_due(round_):
@@ -431,3 +436,11 @@ class Engine:
 def _add(totals: dict[str, int], more: Mapping[str, int]) -> None:
     for label, size in more.items():
         totals[label] = totals.get(label, 0) + size
+
+
+def _diverged(state: State) -> str | None:
+    """The first tensor of a state that holds a NaN or an infinity."""
+    for name, tensor in leaves(state):
+        if tensor.is_floating_point() and not math.isfinite(peak(tensor)):
+            return name
+    return None

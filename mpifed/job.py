@@ -563,6 +563,11 @@ class Job(_Table):
             raise BadInput(
                 "transfer.public_epochs: there is no public data set; name one in [data.public], or set it to 0"
             )
+        if self.transfer is not None and not getattr(algorithm, "begins_with_transfer", True):
+            raise BadInput(
+                f"transfer: {self.algorithm.name} does not begin with what a transfer leaves (fedmd, local and pooled "
+                "do); leave [transfer] out"
+            )
         most = self.architectures if algorithm.pooled else self.most_participants
         if self.min_replies > most:
             raise BadInput(f"min_replies: {self.min_replies} replies can never come from {most} client(s) in a round")

@@ -214,8 +214,13 @@ def generated(sizes: Sizes, round_: int) -> dict[str, int]:
     """Numbers that a client is sent with the generator."""
     noise, hidden = FEDGEN["noise_size"], FEDGEN["hidden"]
     parameters = (noise + sizes.classes) * hidden + hidden + 2 * hidden + hidden * HIDDEN + HIDDEN
-    fields = {"down.generator": parameters, "down.generator_statistics": 2 * hidden, "down.label_prior": sizes.classes}
+    fields = {"down.generator": parameters, "down.generator_statistics": 2 * hidden, "down.label_counts": sizes.classes}
     return fields if round_ > 1 else {}
+
+
+def fedgen_unweighted(sizes: Sizes, round_: int) -> dict[str, int]:
+    """The paper's plain mean."""
+    return {kind: size for kind, size in fedgen(sizes, round_).items() if kind != "up.weight"}
 
 
 def nothing(sizes: Sizes, round_: int) -> dict[str, int]:
@@ -360,7 +365,7 @@ ROWS: tuple[Row, ...] = (
         changes={"data": PUBLIC, "transfer": TRANSFER | {"private_validation": 0.2}},
     ),
     Row("fedgen", FEDGEN, fedgen),
-    Row("fedgen-paper", FEDGEN | {"variant": "paper"}, fedgen),
+    Row("fedgen-paper", FEDGEN | {"variant": "paper"}, fedgen_unweighted),
     Row("fedgen-head", FEDGEN | {"share": "head"}, fedgen_head, stateful=True, evaluates="clients"),
     Row("fedensemble", {"name": "fedensemble"}, model_both_ways, sends_statistics=True),
     Row("feddf", FEDDF, model_both_ways, sends_statistics=True, changes={"data": PUBLIC}),

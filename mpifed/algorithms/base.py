@@ -287,6 +287,8 @@ class Algorithm:
     """The job has to name a public data set (`[data.public]`)."""
     needs_client_models: ClassVar[bool] = False
     """The job has to name models of the clients' own (`[[client_models]]`), beside the one that is shared."""
+    begins_with_transfer: ClassVar[bool] = False
+    """A client's first model is what the job's `[transfer]` leaves; no other algorithm takes one."""
 
     def check(self, local: Any) -> None:
         """Raise `ValueError("key: why")` where these hyper-parameters do not go with the job's local training."""

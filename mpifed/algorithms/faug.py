@@ -248,6 +248,10 @@ class FAug(Algorithm):
     def needs_client_models(self) -> bool:  # type: ignore[override]
         return self.base.needs_client_models
 
+    @property
+    def begins_with_transfer(self) -> bool:  # type: ignore[override]
+        return self.base.begins_with_transfer
+
     def predictor(self, server: State, env: Env) -> tuple[Tensor, Tensor] | Ensemble:
         return self.base.predictor(server["base"], env)
 

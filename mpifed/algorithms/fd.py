@@ -77,6 +77,8 @@ class FD(Algorithm):
     def check(self, local: object) -> None:
         if self.average == "logits" and not self.sends_counts:
             raise ValueError("counts: a row of zeros may be a mean of logits; set counts = true, or average = probs")
+        if self.loss == "mse" and not (self.sends_counts or self.holders_only):
+            raise ValueError("loss: mse with m_minus_1 takes a row of zeros for no teacher; set counts = true")
         if self.weighting == "count" and not (self.sends_counts and self.holders_only):
             raise ValueError("weighting: count needs counts = true and denominator = holders")
 

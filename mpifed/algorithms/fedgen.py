@@ -84,7 +84,8 @@ VARIANTS: Variants = {
 @dataclass(frozen=True)
 class FedGen(FedAvg):
     """Server state: FedAvg's `model` `[d]` and `buffers`, or `head` `[h]` alone; `generator` `[g]` and
-    `generator_statistics`, its `optimizer` (Adam's moments), and `label_prior` `[classes]`.
+    `generator_statistics`, its `optimizer` (Adam's moments), and `label_counts` `[classes]`,
+    to which p(y) is proportional: whole numbers, which no codec touches.
 
     Clients keep nothing, or, where only heads are shared, `body` `[d - h]`, the last `head` and `buffers`.
     """
@@ -174,7 +175,7 @@ class FedGen(FedAvg):
             fields["generator"] = Field((generator.layout.size,), layout=generator.layout)
             # evaluation mode needs the running statistics
             fields["generator_statistics"] = Field((generator.buffer_layout.size,), layout=generator.buffer_layout)
-            fields["label_prior"] = Field((env.spec.classes,))
+            fields["label_counts"] = Field((env.spec.classes,), torch.int32)
         return fields
 
     def up(self, env: Env) -> Mapping[str, Field]:
@@ -203,11 +204,11 @@ class FedGen(FedAvg):
             "generator": parameters.clone(),
             "generator_statistics": buffers.clone(),
             "optimizer": {"mean": parameters * 0, "square": parameters * 0, "steps": torch.zeros(())},
-            "label_prior": torch.zeros(env.spec.classes),
+            "label_counts": torch.zeros(env.spec.classes, dtype=torch.int32),
         }
 
     def download(self, server: State, round_: int) -> Payload:
-        generated = ("generator", "generator_statistics", "label_prior") if self.generates(round_) else ()
+        generated = ("generator", "generator_statistics", "label_counts") if self.generates(round_) else ()
         return {name: server[name] for name in ("head", "model", "buffers", *generated) if name in server}
 
     # --- client -------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ class FedGen(FedAvg):
         return RegularisedLoss(
             split,
             generator,
-            down.get("label_prior", torch.empty(0)),
+            label_prior(down["label_counts"][None]) if generator else torch.empty(0),
             self.scheduled(self.generated_weight, ctx.round) * size / ctx.local.batch_size,
             self.scheduled(self.latent_kl_weight, ctx.round),
             self.regularised_steps,
@@ -273,15 +274,14 @@ class FedGen(FedAvg):
         counts = torch.stack(list(uploads.each("label_counts")))
         held = counts.sum(dim=0) > 0
         if self.labels == "prior":
-            known = wanted = label_prior(counts)
+            known, wanted = counts.sum(dim=0), label_prior(counts)
         else:  # uniform over the labels of this round at the server, and over all that were ever uploaded at clients
-            known, wanted = (server["label_prior"] > 0) | held, held.to(torch.float32)
-            known = known / known.sum()
+            known, wanted = (server["label_counts"] > 0) | held, held.to(torch.float32)
         return (
             server
             | averaged
             | self.train_generator(env, server, heads, counts, student, wanted, round_)
-            | {"label_prior": known}
+            | {"label_counts": known.to(torch.int32)}
         )
 
     def train_generator(

@@ -51,6 +51,7 @@ class FedMD(Algorithm):
     evaluates: ClassVar[Literal["server", "clients", "both"]] = "clients"
     stateful: ClassVar[bool] = True
     needs_public: ClassVar[bool] = True
+    begins_with_transfer: ClassVar[bool] = True
 
     variant: Literal["paper", "official"] = "paper"
     """Whose subset: `stratified` is false in the paper and true in the authors' code."""

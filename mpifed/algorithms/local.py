@@ -24,6 +24,7 @@ class Local(Algorithm):
 
     evaluates: ClassVar[Literal["server", "clients"]] = "clients"
     stateful: ClassVar[bool] = True
+    begins_with_transfer: ClassVar[bool] = True
 
     def client(self, state: State, down: Payload, ctx: ClientContext) -> tuple[State, Reply | Absent]:
         state = state or first_model(ctx)

@@ -5,7 +5,7 @@ Server control variate c and client control variates c_i (all zero at first, alw
 local gradient by c - c_i. Departures from the print: Option II divides by the displacement of the local training, which
 is K * lr for plain SGD as in the paper, and accounts for momentum, the round's step size and the steps really taken
 otherwise (with momentum 0.9 the printed rule makes c_i up to ten times too large, and diverges). Control variates
-belong to parameters only, never to running statistics.
+belong to parameters only, never to running statistics. With `local.clip_norm` they are renewed from clipped steps.
 """
 
 from __future__ import annotations

@@ -41,7 +41,17 @@ HERE = "tests.unit.test_engine"
 
 # --- algorithms that misbehave ----------------------------------------------------------------------------------------
 Fault = Literal[
-    "raise", "nan", "inf", "dtype", "shape", "missing", "surplus", "negative weight", "nan weight", "not a reply"
+    "raise",
+    "nan",
+    "inf",
+    "dtype",
+    "shape",
+    "missing",
+    "surplus",
+    "negative weight",
+    "nan weight",
+    "not a reply",
+    "nan state",
 ]
 FAULTS = Fault.__args__  # type: ignore[attr-defined]
 
@@ -64,6 +74,8 @@ class Faulty(FedAvg):
         upload, weight = dict(reply.upload), reply.weight
         if self.fault == "raise":
             raise RuntimeError("the disk of this client is full")
+        if self.fault == "nan state":
+            return state | {"model": {"weight": torch.tensor([1.0, float("nan")])}}, reply
         if self.fault == "outage":
             return state, Absent("outage")
         if self.fault == "not a reply":
@@ -102,6 +114,7 @@ REASONS = {
     "negative weight": "the weight of the reply is -1.0",
     "nan weight": "the weight of the reply is nan",
     "not a reply": "",
+    "nan state": "ValueError: non-finite 'model/weight' in the new state",
 }
 
 

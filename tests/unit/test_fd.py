@@ -158,6 +158,7 @@ def test_hyper_parameters_that_do_not_go_together_are_refused() -> None:
     for table, message in (
         ({"average": "logits", "counts": False}, "algorithm.counts: a row of zeros"),
         ({"average": "logits", "variant": "paper"}, "algorithm.counts: a row of zeros"),
+        ({"loss": "mse", "variant": "paper"}, "algorithm.loss: mse with m_minus_1"),
         ({"weighting": "count", "variant": "paper"}, "algorithm.weighting: count needs"),
         ({"weighting": "count", "denominator": "m_minus_1"}, "algorithm.weighting: count needs"),
         ({"weight": -1.0}, "algorithm.weight"),

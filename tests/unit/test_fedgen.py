@@ -17,6 +17,7 @@ from mpifed.comm.inprocess import InProcess
 from mpifed.errors import BadInput
 from mpifed.federation.env import Context
 from mpifed.federation.federation import Federation
+from mpifed.learning.generation import label_prior
 from mpifed.learning.latent import Heads
 from mpifed.learning.local import local_training
 from mpifed.models.classifier import Classifier, Parts
@@ -273,7 +274,7 @@ def test_labels_seen_are_those_of_the_rounds_batches(tmp_path: Path, monkeypatch
     _, held, _, prior_held, outcome = watched(table | {"counts": "held"}, tmp_path, monkeypatch, rounds=1, local=STEPS)
     assert not torch.equal(prior, prior_held)
     assert bool(((omega > 0) <= (held > 0)).all())
-    torch.testing.assert_close(outcome.server["label_prior"], prior_held)
+    torch.testing.assert_close(label_prior(outcome.server["label_counts"][None]), prior_held)
     assert float(prior_held.sum()) == pytest.approx(1.0)
 
 
@@ -282,7 +283,7 @@ def test_uniform_labels_are_those_that_were_ever_seen(tmp_path: Path, monkeypatc
     one_class = {"data": DATA | {"partition": {"name": "labels", "labels_per_client": 1}}, "participation": 1}
     _, _, _, prior, outcome = watched(FEDGEN, tmp_path, monkeypatch, rounds=4, **one_class)
     assert sorted(prior.tolist()) == [0.0, 0.0, 1.0]
-    known = outcome.server["label_prior"]
+    known = label_prior(outcome.server["label_counts"][None])
     assert 2 <= int((known > 0).sum()) <= 3 and float(known.sum()) == pytest.approx(1.0)
     assert len({float(p) for p in known if p > 0}) == 1
 
@@ -310,7 +311,7 @@ def test_sharing_heads_moves_nothing_else(tmp_path: Path) -> None:
     """The authors' code aggregates everything, and downloads nothing."""
     outcome = run(job_of(HEAD), tmp_path, 3)
     kinds = {kind for _, kind in outcome.logical()}
-    generated = {"down.generator", "down.generator_statistics", "down.label_prior"}
+    generated = {"down.generator", "down.generator_statistics", "down.label_counts"}
     assert kinds == {"down.head", "up.head_update", "up.label_counts", "up.weight"} | generated
     assert "model" not in outcome.server and "buffers" not in outcome.server
     bodies = [record["state"]["body"] for record in outcome.clients.values()]

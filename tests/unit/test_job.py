@@ -556,6 +556,17 @@ def test_every_key_is_either_hashed_or_not_by_intent() -> None:
     assert top_level - {key.split(".")[0] for key in changed} == {"rounds"}
 
 
+PLAIN = "rounds = 1\nclients = 2\nalgorithm.name = 'fedavg'\nmodel.name = 'mlp'\ndata.name = 'digits'\n"
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fd", "fedkd"])
+def test_a_transfer_that_nobody_begins_with_is_refused(name: str) -> None:
+    models = ["client_models=[{name='mlp'}]"] if name == "fedkd" else []
+    with pytest.raises(BadInput, match=rf"^transfer: {name} does not begin with what a transfer leaves"):
+        load(PLAIN, [f"algorithm={{name='{name}'}}", *models, "transfer.public_epochs=0"])
+    load(PLAIN, ["algorithm={name='local'}", "transfer.public_epochs=0"])
+
+
 @uses_fakes
 def test_a_run_can_be_resumed_for_more_rounds_but_not_for_fewer_than_are_done() -> None:
     old = load(JOB)

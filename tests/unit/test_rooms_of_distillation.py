@@ -105,9 +105,9 @@ def test_labels_that_are_learnt_need_an_output() -> None:
     """Seven public classes beside three private ones: their labels are refused, the samples alone are not."""
     keys = {"public": SYNTHETIC | {"classes": 7}}
     with pytest.raises(BadInput, match=r"transfer.public_epochs: the public set has 7 classes and the private one 3"):
-        build(data=data(**keys), transfer={"public_epochs": 1})
+        build("local", data=data(**keys), transfer={"public_epochs": 1})
     for allowed in ({"transfer": {"public_epochs": 0}}, {"data": data(**keys, public_classes="union")}):
-        build(**({"data": data(**keys), "transfer": {"public_epochs": 1}} | allowed))
+        build("local", **({"data": data(**keys), "transfer": {"public_epochs": 1}} | allowed))
 
 
 @dataclass(frozen=True)
