@@ -175,8 +175,10 @@ class Sweep:
         while pids and time.monotonic() < deadline and all(map(_alive, pids)):
             time.sleep(0.005)
         died = time.monotonic()
-        while (left := running.processes()) and time.monotonic() < (min(deadline, died + END_S) if pids else deadline):
+        until = min(deadline, died + END_S) if pids else deadline
+        while (running.running() or running.processes()) and time.monotonic() < until:
             time.sleep(0.02)
+        left = running.processes()
         result.to_end = time.monotonic() - died if pids else None
         finished = self._last = running.wait(0.1 if left else 10.0)
         assert_that(not left, f"{len(left)} processes were still there\n{finished}")

@@ -17,7 +17,7 @@ from benchmarks.kills import JOB
 from mpifed.errors import BAD_INPUT
 from tests.launch import ROOT, in_environment, mpirun, run_module
 
-LIMIT_S = 300
+LIMIT_S = 600
 SAMPLE = ("shrink 0", "twice 0", "hang", "server", "raise")
 
 
