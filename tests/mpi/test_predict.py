@@ -16,6 +16,8 @@ from mpifed.storage.record import read_record
 from mpifed.storage.run_folder import RunFolder
 from tests.launch import run_module
 
+pytestmark = pytest.mark.mpi_skip
+
 RANKS = 3
 JOB = [
     *("algorithm.name=fedavg", "clients=8", "rounds=4", "model.name=mlp", "model.hidden=[512]", "local.epochs=8"),
