@@ -110,11 +110,11 @@ def scaffold_derived(sizes: Sizes, round_: int) -> dict[str, int]:
 
 
 def with_class_counts(of_base: Callable[[Sizes, int], dict[str, int]]) -> Callable[[Sizes, int], dict[str, int]]:
-    """FedFTG: the base's bytes, and an int32 a class from every client, of which the client's weight is the sum."""
+    """FedFTG: the base's bytes, and an int32 a class from every client."""
 
     def formula(sizes: Sizes, round_: int) -> dict[str, int]:
         counts = {"up.class_counts": 4 * sizes.classes * sizes.participants}
-        return {kind: size for kind, size in of_base(sizes, round_).items() if kind != "up.weight"} | counts
+        return of_base(sizes, round_) | counts
 
     return formula
 
