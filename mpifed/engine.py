@@ -9,7 +9,6 @@ round's metrics are complete in the next round or, the last one's, at the end.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -306,8 +305,8 @@ class Engine:
 
     def _too_few(self, phase: Phase, round_: int, replies: int, said: Mapping[int, str]) -> str:
         """The sentence about it, with the reasons of all ranks, the same on every rank."""
-        everyone = self.comm.gather_bytes(json.dumps(said).encode())
-        reasons = {client: why for part in everyone or [] for client, why in json.loads(part).items()}
+        everyone = self.comm.gather_json(said)
+        reasons = {client: why for part in everyone or [] for client, why in part.items()}
         listed = "; ".join(f"client {client}: {reasons[client]}" for client in sorted(reasons, key=int)[:5])
         return str(
             self.comm.broadcast_json(

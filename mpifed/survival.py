@@ -10,7 +10,6 @@ what was sent in vain is kept beside (`Death`).
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -101,9 +100,9 @@ class Survival:
         if self._resumed is None:
             self._resumed, self._deaths = engine.records.resumed, engine.records.deaths
         if self.lost:
-            said = comm.gather_bytes(json.dumps([self._noticed, self._regrouped, self._round, *self._vain]).encode())
+            said = comm.gather_json([self._noticed, self._regrouped, self._round, *self._vain])
             if said is not None:
-                self._write_down(engine, [json.loads(one) for one in said])
+                self._write_down(engine, said)
         engine.records.resumed, engine.records.deaths = self._resumed, self._deaths
         self.lost, self._engine = [], engine
         dealt = federation.roster.deal(range(federation.clients)).by_rank

@@ -336,6 +336,11 @@ class Communicator(ABC):
         first = next(filter(None, said), b"") if said is not None else None
         return self.broadcast_bytes(first).decode() or None
 
+    def gather_json(self, value: Any) -> list[Any] | None:
+        """Every rank's JSON value in rank order at rank 0; the others get None."""
+        said = self.gather_bytes(json.dumps(value).encode())
+        return None if said is None else [json.loads(one) for one in said]
+
     def broadcast_json(self, value: Any, kind: str = CONTROL) -> Any:
         """Rank 0's JSON value on every rank."""
         return json.loads(self.broadcast_bytes(json.dumps(value).encode() if self.rank == 0 else None, kind))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -30,7 +29,7 @@ def everyone(out: Path) -> Iterator[Finding]:
         yield from mine
         yield error("ranks", str(failed))
         return
-    said = gathered(comm, {"host": socket.gethostname(), "cores": cores(), "found": to_json(mine), **_versions()})
+    said = comm.gather_json({"host": socket.gethostname(), "cores": cores(), "found": to_json(mine), **_versions()})
     waited = waiting(comm)
     clock = clocks(comm, said)
     rest = [*wire(comm), *deaths(comm)]
@@ -42,11 +41,6 @@ def everyone(out: Path) -> Iterator[Finding]:
         found += [*same_versions(said), *waited, *clock, *rest]
     comm.barrier()
     yield from found
-
-
-def gathered(comm: Communicator, value: Any) -> list[Any] | None:
-    parts = comm.gather_bytes(json.dumps(value).encode())
-    return None if parts is None else [json.loads(part) for part in parts]
 
 
 def _versions() -> dict[str, str]:
@@ -135,7 +129,7 @@ def waiting(comm: Communicator) -> list[Finding]:
         time.sleep(WAITED_S)
     comm.barrier()
     share = (time.process_time() - used) / (time.monotonic() - wall)
-    shares = gathered(comm, share)
+    shares = comm.gather_json(share)
     worst = max(shares[1:]) if shares else 0.0
     if worst > 0.25:
         return [warning("waiting", f"a waiting rank takes {worst:.0%} of a core from those that train",
@@ -151,7 +145,7 @@ def clocks(comm: Communicator, said: Sequence[dict[str, Any]] | None) -> list[Fi
         comm.barrier()
         seen.append(time.time())
     uneven = abs((time.time() - wall) - (time.monotonic() - even))
-    times = gathered(comm, {"seen": seen, "uneven": uneven})
+    times = comm.gather_json({"seen": seen, "uneven": uneven})
     if times is None or said is None:
         return []
     found = [
@@ -179,8 +173,7 @@ def wire(comm: Communicator) -> list[Finding]:
     """Which counters of bytes on the wire can be read."""
     from mpifed.comm.wire.meter import choose
 
-    hosts = gathered(comm, socket.gethostname())
-    meter = choose(comm, "auto", comm.broadcast_json(hosts))
+    meter = choose(comm, "auto", comm.find_nodes())
     if meter.source is None:
         reason = meter.reason if len(meter.reason) < 200 else meter.reason[:197] + "..."
         return [ok("wire", f"bytes on the wire would not be measured: {reason}")]

@@ -7,7 +7,6 @@ other holds next to nothing, and every rank makes its own (HDF5, synthetic).
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
@@ -41,8 +40,7 @@ def load(comm: Communicator, make: Callable[[], Source]) -> Source:
             said = {"where": published.where, "spec": asdict(source.spec)}
         except Unshareable as error:
             said = {"problem": str(error)}
-    parts = comm.gather_bytes(json.dumps(said).encode())
-    said = comm.broadcast_json(None if parts is None else [json.loads(part) for part in parts])[first]
+    said = comm.broadcast_json(comm.gather_json(said))[first]
     problem = said.get("problem")
     if "where" in said:
         try:

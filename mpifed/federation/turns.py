@@ -13,7 +13,6 @@ lost its name before round 1. While a rank waits it is not the one that hangs: i
 from __future__ import annotations
 
 import heapq
-import json
 import logging
 import os
 import secrets
@@ -78,10 +77,9 @@ class Turns:
             cost: of training a client, in any unit.
             folder: where the pipe is made; shared memory, where there is some.
         """
-        known = comm.gather_bytes(json.dumps(sorted(_cores()) if on_cores else []).encode())
+        known = comm.gather_json(sorted(usable_cores()) if on_cores else [])
         token = secrets.token_hex(16)  # a name that nobody else can have taken
-        said = comm.broadcast_json(None if known is None else [token, [json.loads(cores) for cores in known]])
-        token, cores = str(said[0]), said[1]
+        token, cores = comm.broadcast_json([token, known])
         node = [rank for rank, host in enumerate(hosts) if host == hosts[comm.rank]]
         usable = len({core for rank in node for core in cores[rank]})
         tokens = max(1, usable // threads)
@@ -160,7 +158,7 @@ def in_turns(loads: Sequence[Sequence[float]], tokens: int) -> float:
 
 
 # --- the node --------------------------------------------------------------------------------------------------------
-def _cores() -> set[int]:
+def usable_cores() -> set[int]:
     """Those that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)

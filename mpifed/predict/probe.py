@@ -8,9 +8,6 @@ have a core, which says how much they disturb each other. `mpifed predict --prob
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import socket
 import statistics
 import sys
 import time
@@ -23,6 +20,7 @@ import numpy as np
 
 from mpifed.comm.communicator import Communicator
 from mpifed.errors import COMPLETE, BadInput
+from mpifed.federation.turns import usable_cores
 from mpifed.output import say
 from mpifed.predict.bytes import Operation
 from mpifed.predict.compute import Work
@@ -53,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str], comm: Communicator) -> int:
-    from mpifed.federation.federation import on_every_rank
+    from mpifed.federation.agreement import on_every_rank
     from mpifed.job import Job
     from mpifed.run import read_job
 
@@ -85,10 +83,8 @@ def probe(comm: Communicator, job: Any, seconds: float) -> Probe | None:
     """Measure on all ranks together; the result at rank 0."""
     from mpifed.predict.trial import try_out
 
-    said = comm.gather_bytes(json.dumps([socket.gethostname(), cores()]).encode())
-    known = comm.broadcast_json(None if said is None else [json.loads(part) for part in said])
-    hosts = [str(host) for host, _ in known]
-    count = int(known[0][1])
+    hosts = comm.find_nodes()
+    count = int(comm.broadcast_json(cores()))
     curves = {name: Curve(*points) for name, points in collectives(comm).items()} if comm.size > 1 else {}
     compute = try_out(job, seconds) if comm.rank == 0 else None
     comm.barrier()
@@ -114,7 +110,7 @@ def _ratio(crowded: Mapping[str, Any], alone: Mapping[str, Any]) -> float:
 
 def cores() -> int:
     """Those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(usable_cores())
 
 
 def reference(repetitions: int = 5) -> float:
@@ -152,8 +148,8 @@ def _measure(
             started = time.perf_counter()
             act(comm, size)
             taken.append(time.perf_counter() - started)
-        parts = comm.gather_bytes(json.dumps(taken).encode())
-        slowest = None if parts is None else np.max([json.loads(part) for part in parts], axis=0).tolist()
+        parts = comm.gather_json(taken)
+        slowest = None if parts is None else np.max(parts, axis=0).tolist()
         slowest = comm.broadcast_json(slowest)
         sizes.append(float(size))
         seconds.append(statistics.median(slowest))

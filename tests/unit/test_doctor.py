@@ -250,7 +250,7 @@ def test_waiting_and_clocks_on_threads() -> None:
 
 def test_a_clock_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered = [{"seen": [10.0, 11.0], "uneven": 0.0}, {"seen": [15.0, 16.2], "uneven": 0.5}]
-    monkeypatch.setattr(world, "gathered", lambda comm, value: gathered)
+    monkeypatch.setattr(InProcess, "gather_json", lambda comm, value: gathered)
     found = world.clocks(InProcess.alone(), [{"host": "a"}, {"host": "b"}])
     assert [finding.what for finding in found] == [
         "b: the clock was set by 0.5 s meanwhile",

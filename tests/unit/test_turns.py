@@ -26,7 +26,7 @@ def agree(comm: Communicator, folder: Path, hosts: Sequence[str] = (), **changed
 
 @pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_cores", lambda: {0, 1})
+    monkeypatch.setattr(room, "usable_cores", lambda: {0, 1})
 
 
 class Crowd:
@@ -155,7 +155,7 @@ def test_cores_are_those_that_the_ranks_of_a_node_have_together(
 ) -> None:
     """A launcher that binds every rank to a core of its own leaves nothing to wait for; two ranks to a core do."""
     bound: dict[int, set[int]] = {}
-    monkeypatch.setattr(room, "_cores", lambda: bound[threading.get_ident()])
+    monkeypatch.setattr(room, "usable_cores", lambda: bound[threading.get_ident()])
 
     def tokens(comm: Communicator, ranks_of_a_core: int) -> int:
         bound[threading.get_ident()] = {comm.rank // ranks_of_a_core}
@@ -179,7 +179,7 @@ def test_without_a_shared_folder_everybody_trains_at_once(tmp_path: Path, caplog
 def test_the_pipe_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = []
     mkfifo = os.mkfifo
-    monkeypatch.setattr(room, "_cores", lambda: {0})
+    monkeypatch.setattr(room, "usable_cores", lambda: {0})
     monkeypatch.setattr(os, "mkfifo", lambda path, mode: modes.append((path.name, mode)) or mkfifo(path, mode))
     for _ in range(2):
         run_ranks(3, lambda comm: agree(comm, tmp_path).close())

@@ -15,7 +15,6 @@ of which kind no counter says, and it is not worked out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -116,13 +115,12 @@ class Meter:
             return []
         said = [self.reason, self._unsaid, [[*interval, counts] for interval, counts in self._intervals.items()]]
         self._unsaid, self._intervals = [], {}
-        parts = self.comm.gather_bytes(json.dumps(said).encode())
+        parts = self.comm.gather_json(said)
         if parts is None:
             return []
         self._known = self._known or [[] for _ in parts]
         by_interval: dict[tuple[str, str, str], list[dict[str, Count]]] = {}
-        for rank, part in enumerate(parts):
-            problem, names, intervals = json.loads(part)
+        for rank, (problem, names, intervals) in enumerate(parts):
             self.reason = self.reason or problem
             self._known[rank] += names
             for phase, direction, kind, counts in intervals:
