@@ -173,9 +173,7 @@ class Engine:
             round_, logged, absent, own, exchanged, len(sampled), replies, began, asked_for=asked_for
         )
         self.round = round_
-        every = self.job.checkpoint.every_rounds
-        last = round_ == self.job.rounds
-        if stop or timed or last or (every and round_ % every == 0):
+        if stop or timed or self.job.saves_after(round_):
             self._checkpoint()
         if self._open is not None and not self._open["open"]:
             self._finish_row()
@@ -215,7 +213,7 @@ class Engine:
         reach("round.after_download", round_, rank)
         if first and self.server is not None:
             self._close_row(self.federation.env)
-        if first and self.job.evaluate.own and self._evaluation_due(round_):
+        if first and self.job.evaluate.own and self.job.tests_after(round_):
             with self._clock.time("evaluate"):
                 self._test_own(shared, own, own_tests)
 
@@ -298,7 +296,7 @@ class Engine:
             raise ValueError(f"non-finite '{broken}' in the new state")
         if isinstance(answer, Reply):
             answer = Reply({name: ctx.owned(tensor) for name, tensor in answer.upload.items()}, answer.weight)
-        if tests and last and self._evaluation_due(round_):
+        if tests and last and self.job.tests_after(round_):
             with self._clock.time("evaluate"):
                 ctx.logged.update(self._evaluate(self.algorithm.client_predictor(state, env, client), client))
         return state, answer, ctx.logged
@@ -316,10 +314,6 @@ class Engine:
         )
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
-    def _evaluation_due(self, round_: int) -> bool:
-        every = self.job.evaluate.every_rounds
-        return round_ == self.job.rounds or bool(every and round_ % every == 0)
-
     def _evaluate(self, model: tuple[Tensor, Tensor] | Ensemble, client: int | None = None) -> dict[str, float]:
         tested = self._test(model, self.federation.test_set, client)
         return {"accuracy": tested.accuracy, "loss": tested.loss}
@@ -381,7 +375,7 @@ class Engine:
             sampled,
             replies,
             seconds=time.perf_counter() - began,
-            tested_later=self.algorithm.evaluates != "clients" and self._evaluation_due(round_),
+            tested_later=self.algorithm.evaluates != "clients" and self.job.tests_after(round_),
             wire=wire,
             wire_source=self.wire.name,
         )

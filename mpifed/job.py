@@ -405,32 +405,41 @@ def _participation(value: Any) -> Any:
 
 
 def _codec(value: Any) -> Any:
-    if isinstance(value, str):
-        _check_codec(value, "codec")
-        return value
-    if not isinstance(value, dict):
-        raise ValueError('must be a codec such as "half", or a table such as {"up.update" = "half"}')
-    flat = dict(flatten(value))
-    for field, text in flat.items():
-        if not re.fullmatch(r"(up|down)\.[A-Za-z0-9_-]+", field):
-            raise BadInput(f"codec.{field}: a field is named up.<field> or down.<field>, as in codec.up.update")
-        if not isinstance(text, str):
-            raise BadInput(f'codec.{field}: must be a codec such as "half", but the job says {json.dumps(text)}')
-        _check_codec(text, f"codec.{field}")
-    return flat
+    return _by_field(
+        value,
+        "codec",
+        'a codec such as "half", or a table such as {"up.update" = "half"}',
+        r"(up|down)\.[A-Za-z0-9_-]+",
+        "a field is named up.<field> or down.<field>, as in codec.up.update",
+        _check_codec,
+    )
 
 
 def _collectives(value: Any) -> Any:
+    return _by_field(
+        value,
+        "collectives",
+        'a route such as "hierarchical", or a table such as {"up.update" = "hierarchical"}',
+        r"(up|down)(\.[A-Za-z0-9_-]+)?",
+        "is named up, down, up.<field> or down.<field>, as in codec.up.update",
+        _check_route,
+    )
+
+
+def _by_field(
+    value: Any, key: str, what: str, names: str, named: str, check: Callable[[Any, str], None]
+) -> str | dict[str, Any]:
+    """A value for all fields, or a table of them by field, flat; each checked. Raises ValueError or BadInput."""
     if isinstance(value, str):
-        _check_route(value, "collectives")
+        check(value, key)
         return value
     if not isinstance(value, dict):
-        raise ValueError('must be a route such as "hierarchical", or a table such as {"up.update" = "hierarchical"}')
+        raise ValueError(f"must be {what}")
     flat = dict(flatten(value))
-    for what, route in flat.items():
-        if not re.fullmatch(r"(up|down)(\.[A-Za-z0-9_-]+)?", what):
-            raise BadInput(f"collectives.{what}: is named up, down, up.<field> or down.<field>, as in codec.up.update")
-        _check_route(route, f"collectives.{what}")
+    for name, one in flat.items():
+        if not re.fullmatch(names, name):
+            raise BadInput(f"{key}.{name}: {named}")
+        check(one, f"{key}.{name}")
     return flat
 
 
@@ -439,7 +448,9 @@ def _check_route(route: Any, key: str) -> None:
         raise BadInput(f"{key}: must be one of {', '.join(ROUTES)}, but the job says {json.dumps(route)}")
 
 
-def _check_codec(text: str, key: str) -> None:
+def _check_codec(text: Any, key: str) -> None:
+    if not isinstance(text, str):
+        raise BadInput(f'{key}: must be a codec such as "half", but the job says {json.dumps(text)}')
     importlib.import_module("mpifed.codecs").make(text, key)
 
 
@@ -584,6 +595,17 @@ class Job(_Table):
             prefix = "" if str(error).startswith("local.") else "algorithm." if names_a_key else "algorithm: "
             raise BadInput(f"{prefix}{error}") from error
         return algorithm
+
+    def tests_after(self, round_: int) -> bool:
+        """Whether the model of that round (from 1) is tested."""
+        return self._is_due(self.evaluate.every_rounds, round_)
+
+    def saves_after(self, round_: int) -> bool:
+        """Whether that round's end is a checkpoint's time, by rounds."""
+        return self._is_due(self.checkpoint.every_rounds, round_)
+
+    def _is_due(self, every: int, round_: int) -> bool:
+        return round_ == self.rounds or bool(every and round_ % every == 0)
 
     @property
     def architectures(self) -> int:

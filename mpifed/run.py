@@ -149,8 +149,7 @@ def job_and_folder(words: Sequence[str], resume: str | None) -> tuple[Job, RunFo
     from mpifed.job import check_resume, load
     from mpifed.storage.run_folder import RunFolder
 
-    files = [word for word in words if _is_file(word)]
-    overrides = [word for word in words if not _is_file(word)]
+    files, overrides = _sorted_out(words)
     if resume is not None:
         if not resume:
             raise BadInput("--resume: names no folder; give the folder of a run")
@@ -171,8 +170,7 @@ def read_job(words: Sequence[str]) -> Job:
     from mpifed.job import load
     from mpifed.sweep.plan import is_sweep
 
-    files = [word for word in words if _is_file(word)]
-    overrides = [word for word in words if not _is_file(word)]
+    files, overrides = _sorted_out(words)
     if len(files) > 1:
         raise BadInput(f"one job file at a time, not {' and '.join(files)}")
     if files and is_sweep(files[0]):
@@ -180,6 +178,11 @@ def read_job(words: Sequence[str]) -> Job:
     if not files:
         return load(None, overrides, "the default job")
     return load(_text(Path(files[0])), overrides, files[0])
+
+
+def _sorted_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Job files, and overrides."""
+    return [word for word in words if _is_file(word)], [word for word in words if not _is_file(word)]
 
 
 def _is_file(word: str) -> bool:

@@ -118,17 +118,22 @@ class _Peers:
 
 def _of_all_ranks() -> Mpi:
     """One that survives dead ranks, where the launcher and the MPI library do."""
-    from mpi4py import MPI
-
-    if os.environ.get(_FAULT_TOLERANT) == "1":
-        try:
-            MPI.COMM_SELF.Dup().Revoke()
-        except (NotImplementedError, MPI.Exception):
-            return Mpi()
+    if os.environ.get(_FAULT_TOLERANT) == "1" and revokes():
         from mpifed.comm.ulfm import Ulfm
 
         return Ulfm()
     return Mpi()
+
+
+def revokes() -> bool:
+    """Whether the library can end a communicator in which a rank has died (ULFM)."""
+    try:
+        from mpi4py import MPI
+
+        MPI.COMM_SELF.Dup().Revoke()
+    except (ImportError, RuntimeError, NotImplementedError):  # MPI.Exception is a RuntimeError
+        return False
+    return True
 
 
 def world() -> Communicator:
@@ -174,17 +179,6 @@ def installed() -> dict[str, str]:
         "mpi4py": mpi4py.__version__,
         "path": library_path(),
     }
-
-
-def revokes() -> bool:
-    """Whether the library can end a communicator in which a rank has died (ULFM)."""
-    try:
-        from mpi4py import MPI
-
-        MPI.COMM_SELF.Dup().Revoke()
-    except (ImportError, RuntimeError, NotImplementedError):  # MPI.Exception is a RuntimeError
-        return False
-    return True
 
 
 def broadcast_in_place(buffer: Any) -> int:

@@ -14,13 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from mpifed.comm.mpi import AT_FIRST, LONGEST_SLEEP, LONGEST_SLEEP_AT_FIRST
 from mpifed.federation.turns import in_turns, worthwhile
 from mpifed.predict.bytes import Call, Exchange, Planner, declared_elements
 from mpifed.predict.compute import Compute, work_of
 from mpifed.predict.cost import ADD, Places
-
-LONGEST_SLEEP, LONGEST_SLEEP_AT_FIRST, AT_FIRST = 5e-3, 2e-3, 0.25
-"""How a waiting rank polls (`mpifed.comm.mpi`)."""
 
 REPORT_BYTES = 400
 """A rank's report of a round, about."""
@@ -115,8 +113,7 @@ class Timeline:
         )
         spent.other += self.compute.other
         self._seen.update(client for exchange in steps for client in exchange.dealt.clients)
-        every = job.checkpoint.every_rounds
-        if (every and round_ % every == 0) or round_ == job.rounds:
+        if job.saves_after(round_):
             spent.checkpoint = self.compute.checkpoint
         return spent
 
@@ -155,7 +152,7 @@ class Timeline:
         """Until the last rank has trained its clients, and rank 0 has tested the last round's model."""
         federation, job = self.planner.federation, self.planner.federation.job
         evaluates = federation.algorithm.evaluates
-        due, before = (self._due(number) for number in (round_, round_ - 1))
+        due, before = job.tests_after(round_), round_ > 1 and job.tests_after(round_ - 1)
         loads: dict[int, list[float]] = {}
         for rank, clients in enumerate(exchange.dealt.by_rank):
             costs = [self._client(exchange, client, round_) for client in clients]
@@ -168,11 +165,6 @@ class Timeline:
             for rank, count in enumerate(self.planner.usual_clients()):
                 loads[rank] = [*loads.get(rank, []), self.compute.client_test * int(count)]
         return max((self._machine(of, loads, beside) for of in dict.fromkeys(self.cores.processors)), default=0.0)
-
-    def _due(self, round_: int) -> bool:
-        job = self.planner.federation.job
-        every = job.evaluate.every_rounds
-        return round_ > 0 and (round_ == job.rounds or bool(every and round_ % every == 0))
 
     def _client(self, exchange: Exchange, client: int, round_: int) -> float:
         federation = self.planner.federation

@@ -41,9 +41,8 @@ class Bytes:
 
     logical: int
     mpi_sent: int
-    mpi_between: (
-        int  # of collectives of the library what ranks other than 0 send or fill; along routes all that is sent
-    )
+    mpi_between: int
+    """Of the library's collectives what ranks other than 0 send or fill; along routes all that is sent."""
     wire: int | None
     retransmitted: int = 0
 

@@ -217,31 +217,19 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`, whole or not at all."""
-        with replacing(self.summary) as draft:
-            draft.write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
+        _write_object(self.summary, summary)
 
     def read_summary(self) -> dict[str, Any] | None:
         """What `summary.json` holds, or None where there is none; raises `BadInput` where it cannot be read."""
-        if not self.summary.exists():
-            return None
-        summary = _parse_object(self.summary.read_bytes())
-        if summary is None:
-            raise BadInput(f"{self.summary}: not a JSON object; delete it and resume the run")
-        return summary
+        return _read_object(self.summary, "delete it and resume the run")
 
     def write_prediction(self, prediction: Mapping[str, Any]) -> None:
         """Write `prediction.json`, whole or not at all."""
-        with replacing(self.prediction) as draft:
-            draft.write_text(to_json(prediction, indent=2) + "\n", encoding="utf-8")
+        _write_object(self.prediction, prediction)
 
     def read_prediction(self) -> dict[str, Any] | None:
         """What was predicted of this run, or None where nothing was; raises `BadInput` where it cannot be read."""
-        if not self.prediction.exists():
-            return None
-        prediction = _parse_object(self.prediction.read_bytes())
-        if prediction is None:
-            raise BadInput(f"{self.prediction}: not a JSON object; delete it, or predict again")
-        return prediction
+        return _read_object(self.prediction, "delete it, or predict again")
 
     @property
     def complete(self) -> bool:
@@ -251,6 +239,22 @@ class RunFolder:
         except BadInput:
             return False
         return summary is not None and summary.get("complete") is True
+
+
+def _write_object(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, whole or not at all."""
+    with replacing(path) as draft:
+        draft.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_object(path: Path, advice: str) -> dict[str, Any] | None:
+    """The JSON object in a file, or None where there is none. Raises `BadInput`, with the advice, for another."""
+    if not path.exists():
+        return None
+    value = _parse_object(path.read_bytes())
+    if value is None:
+        raise BadInput(f"{path}: not a JSON object; {advice}")
+    return value
 
 
 def _parse_object(text: bytes) -> dict[str, Any] | None:
