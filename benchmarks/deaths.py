@@ -24,9 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -34,17 +32,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.kills import HANG_S, JOB, ROUNDS, Result, Sweep, assert_that  # noqa: E402
+from benchmarks.kills import HANG_S, JOB, ROUNDS, Result, Sweep, assert_that, conclude  # noqa: E402
 from mpifed.errors import COMPLETE, UNEXPECTED  # noqa: E402
 from mpifed.rng import numpy_generator  # noqa: E402
-from mpifed.storage.record import software_versions  # noqa: E402
 from mpifed.storage.run_folder import RunFolder  # noqa: E402
 from tests.faults.outcome import Outcome, differences  # noqa: E402
 from tests.launch import Launch, Supervised, mpirun  # noqa: E402
@@ -239,25 +236,7 @@ def main() -> int:
         if name.startswith(tuple(arguments.case or [""])):
             run()
     results = [result for result in sweep.results if isinstance(result, Survived)]
-    minutes = (time.monotonic() - started) / 60
-    print(f"\n{table(results)}\nseed {arguments.seed}, {arguments.ranks} ranks, {minutes:.1f} minutes")
-    misses = [result for result in results if not result.equal]
-    about = {
-        "seed": arguments.seed,
-        "ranks": arguments.ranks,
-        "minutes": round(minutes, 1),
-        "cores": os.cpu_count(),
-        "machine": platform.platform(),
-        "software": software_versions(),
-        "misses": [result.case for result in misses],
-        "cases": [asdict(result) for result in results],
-    }
-    arguments.json.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    if misses or not results:
-        print(f"{len(misses)} of {len(results)} cases missed; the folders are under {folder}")
-        return 1
-    shutil.rmtree(folder)
-    return 0
+    return conclude(sweep, results, table(results), started, arguments.json)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -404,24 +404,29 @@ def main() -> int:
         if name.startswith(arguments.case):
             run()
 
+    return conclude(sweep, sweep.results, table(sweep.results), started, arguments.json)
+
+
+def conclude(sweep: Sweep, results: Sequence[Result], shown: str, started: float, file: Path) -> int:
+    """Print the table, write all cases into the file, and, where none missed, remove their folders; the exit code."""
     minutes = (time.monotonic() - started) / 60
-    print(f"\n{table(sweep.results)}\nseed {arguments.seed}, {arguments.ranks} ranks, {minutes:.1f} minutes")
-    misses = [result for result in sweep.results if not result.equal]
+    print(f"\n{shown}\nseed {sweep.seed}, {sweep.ranks} ranks, {minutes:.1f} minutes")
+    misses = [result for result in results if not result.equal]
     about = {
-        "seed": arguments.seed,
-        "ranks": arguments.ranks,
+        "seed": sweep.seed,
+        "ranks": sweep.ranks,
         "minutes": round(minutes, 1),
         "cores": os.cpu_count(),
         "machine": platform.platform(),
         "software": software_versions(),
         "misses": [result.case for result in misses],
-        "cases": [asdict(result) for result in sweep.results],
+        "cases": [asdict(result) for result in results],
     }
-    arguments.json.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    if misses or not sweep.results:
-        print(f"{len(misses)} of {len(sweep.results)} cases missed; the folders are under {folder}")
+    file.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    if misses or not results:
+        print(f"{len(misses)} of {len(results)} cases missed; the folders are under {sweep.folder}")
         return 1
-    shutil.rmtree(folder)
+    shutil.rmtree(sweep.folder)
     return 0
 
 
