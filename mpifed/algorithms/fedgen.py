@@ -245,7 +245,7 @@ class FedGen(FedAvg):
         return RegularisedLoss(
             split,
             generator,
-            label_prior(down["label_counts"][None]) if generator else torch.empty(0),
+            label_prior(down["label_counts"][None]) if generator is not None else torch.empty(0),
             self.scheduled(self.generated_weight, ctx.round) * size / ctx.local.batch_size,
             self.scheduled(self.latent_kl_weight, ctx.round),
             self.regularised_steps,
@@ -263,13 +263,13 @@ class FedGen(FedAvg):
         parts = self.parts(env)
         sent = server["head"] if self.share == "head" else parts.head(server["model"])
         heads = sent + torch.stack(list(uploads.each("head_update")))  # [K, h], theta_k^p
-        step = self.server_lr * uploads.mean("head_update")
+        head_step = self.server_lr * uploads.mean("head_update")
         if self.share == "head":
-            averaged: State = {"head": sent + step}
+            averaged: State = {"head": sent + head_step}
         else:
-            step = parts.join(self.server_lr * uploads.mean("body_update"), step)
+            step = parts.join(self.server_lr * uploads.mean("body_update"), head_step)
             averaged = {"model": server["model"] + step} | averaged_buffers(server, uploads)
-        student = sent if self.order == "generator_first" else sent + self.server_lr * uploads.mean("head_update")
+        student = sent if self.order == "generator_first" else sent + head_step
 
         counts = torch.stack(list(uploads.each("label_counts")))
         held = counts.sum(dim=0) > 0
